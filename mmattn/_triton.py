@@ -1,0 +1,17 @@
+"""The one guarded import of Triton, which has no wheels for macOS and Windows.
+
+Without it the kernels are never decorated; the reference path needs none of them.
+"""
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    from types import SimpleNamespace
+
+    triton = SimpleNamespace(jit=lambda kernel: kernel, __version__=None)
+    tl = SimpleNamespace(constexpr=lambda value=None: value)
+
+INSTALLED = triton.__version__ is not None
+
+__all__ = ["INSTALLED", "tl", "triton"]

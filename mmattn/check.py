@@ -1,0 +1,66 @@
+"""Argument checks shared by all rooms: a wrong call names the argument, what came, what was expected and the remedy."""
+
+from __future__ import annotations
+
+import math
+
+from .op import FLOATS, Row, dtype_name
+
+
+def is_array(op: str, name: str, x) -> None:
+    if not (isinstance(x, Row) or (hasattr(x, "shape") and hasattr(x, "dtype"))):
+        raise TypeError(f"{op}: {name} is a {type(x).__name__}; expected an array. Convert it to this framework's array first.")
+
+
+def shape(op: str, name: str, x, *allowed: tuple[str, tuple[int, ...]], remedy: str) -> None:
+    """x.shape must be one of `allowed`, each given as (axes, sizes)."""
+    is_array(op, name, x)
+    if all(tuple(x.shape) != want for _, want in allowed):
+        expected = " or ".join(f"({axes}) = {want}" for axes, want in allowed)
+        raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}; expected {expected}. {remedy}")
+
+
+def rank(op: str, name: str, x, axes: str, remedy: str) -> None:
+    is_array(op, name, x)
+    if len(x.shape) != len(axes.split(", ")):
+        raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, rank {len(x.shape)}; expected ({axes}). {remedy}")
+
+
+def floating(op: str, name: str, x) -> str:
+    """x's dtype, which must be float32, bfloat16, float16, or float64 (which takes the reference path)."""
+    is_array(op, name, x)
+    dtype = dtype_name(x)
+    if dtype not in (*FLOATS, "float64"):
+        raise TypeError(f"{op}: {name} has dtype {dtype}; expected {', '.join(FLOATS)} or float64. Cast it to one of them.")
+    return dtype
+
+
+def vector_dtype(op: str, name: str, v, like: str, like_name: str) -> None:
+    """Vectors are float32 or in the dtype of the array that they act on."""
+    dtype = floating(op, name, v)
+    if dtype not in ("float32", like):
+        raise TypeError(f"{op}: {name} has dtype {dtype}; expected float32 or {like_name}'s dtype, {like}. Cast {name}.")
+
+
+def same_dtype(op: str, name: str, x, like: str, like_name: str) -> None:
+    dtype = floating(op, name, x)
+    if dtype != like:
+        raise TypeError(f"{op}: {name} has dtype {dtype}; expected {like_name}'s dtype, {like}. Cast {name}.")
+
+
+def width(op: str, name: str, size: int, low: int = 8, high: int = 16384) -> None:
+    if size % 8 or not low <= size <= high:
+        raise ValueError(f"{op}: {name} is {size}; expected a multiple of 8 from {low} to {high}. Pad the width to the next multiple of 8.")
+
+
+def eps(op: str, value, name: str = "eps") -> float:
+    if isinstance(value, bool) or not isinstance(value, float | int):
+        raise TypeError(f"{op}: {name} is a {type(value).__name__}; expected a Python float. Pass a number, it is compiled in.")
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"{op}: {name} is {value}; expected a finite number >= 0. The usual values are 1e-6 and 1.1920929e-7.")
+    return float(value)
+
+
+def choice(op: str, name: str, value, allowed: tuple) -> None:
+    if value not in allowed:
+        raise ValueError(f"{op}: {name} is {value!r}; expected one of {', '.join(map(repr, allowed))}. Pick one of them.")
