@@ -9,7 +9,7 @@ try:
 except ImportError:
     from types import SimpleNamespace
 
-    triton = SimpleNamespace(jit=lambda kernel: kernel, __version__=None)
+    triton = SimpleNamespace(jit=lambda kernel=None, **_: kernel or (lambda kernel: kernel), __version__=None)
     tl = SimpleNamespace(constexpr=lambda value=None: value)
 
 INSTALLED = triton.__version__ is not None

@@ -66,7 +66,7 @@ def adaln_fwd_kernel(
     at = (b * TOKENS + rows)[:, None] * WIDTH + cols[None, :]
 
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)  # [ROWS, COLS]
-    y, rstd = normalize(x, inside, WIDTH, EPS, CENTER)
+    y, _ = normalize(x, inside, WIDTH, EPS, CENTER)
     weight = load_vector(weight_ptr, b // GROUP * WIDTH, cols, WIDTH, WEIGHTED, 1.0)  # [COLS]
     bias = load_vector(bias_ptr, b // GROUP * WIDTH, cols, WIDTH, BIASED, 0.0)
     scale = load_vector(scale_ptr, b * SCALE_STRIDE + SCALE_AT, cols, WIDTH, SCALED, 0.0)
@@ -199,11 +199,11 @@ def adaln_bwd_vectors_kernel(
             tl.store(dbias_ptr + g * WIDTH + cols, tl.sum(h, 0).to(dbias_ptr.dtype.element_ty), mask=cols < WIDTH)
 
 
-def sizes(a) -> tuple[int, int, int, int]:
-    """Samples, tokens, groups, width as the kernels see them: without modulation all rows of a group are one sample."""
-    B, L, D = a.x.shape
+def sizes(a) -> tuple[int, int, int]:
+    """Samples, tokens, groups as the kernels see them: without modulation all rows of a group are one sample."""
+    B, L, _ = a.x.shape
     G = max([groups(v, 1) for v in (a.weight, a.bias) if v is not None], default=1)
-    return (B, L, G, D) if a.scale is not None or a.shift is not None else (G, B // G * L, G, D)
+    return (B, L, G) if a.scale is not None or a.shift is not None else (G, B // G * L, G)
 
 
 def vector_meta(a, scale_row, shift_row) -> dict[str, int]:
@@ -233,7 +233,9 @@ def fwd_plan(x: Spec, samples: int, tokens: int, G: int, meta: tuple, eps: float
 
 
 @cache
-def bwd_plan(target: Target, x: Spec, samples: int, tokens: int, G: int, meta: tuple, vectors: bool, eps: float, center: bool) -> Plan:
+def bwd_plan(
+    target: Target, x: Spec, samples: int, tokens: int, G: int, meta: tuple, vectors: bool, eps: float, center: bool
+) -> Plan:
     t = tile(x.shape[2])
     chunks, per_chunk = split(target, samples, cdiv(tokens, t["ROWS"]))
     part = Spec((samples, chunks, x.shape[2]), "float32") if vectors else UNUSED
@@ -269,7 +271,7 @@ def infer(a, **_):
 
 
 def forward(run, a, *, eps, center, scale_row, shift_row):
-    samples, tokens, G, _ = sizes(a)
+    samples, tokens, G = sizes(a)
     meta = tuple(vector_meta(a, scale_row, shift_row).items())
     vectors = [a.x if v is None else v for v in (a.scale, a.shift, a.weight, a.bias)]
     return run(fwd_plan(spec(a.x), samples, tokens, G, meta, eps, center), a.x, *vectors), ()
@@ -277,7 +279,7 @@ def forward(run, a, *, eps, center, scale_row, shift_row):
 
 def backward(run, a, outs, extras, douts, *, eps, center, scale_row, shift_row):
     (dy,) = douts
-    samples, tokens, G, D = sizes(a)
+    samples, tokens, G = sizes(a)
     meta = vector_meta(a, scale_row, shift_row)
     present = any(v is not None for v in (a.scale, a.shift, a.weight, a.bias))
     scale, weight, bias = (a.x if v is None else v for v in (a.scale, a.weight, a.bias))
@@ -303,11 +305,15 @@ def per_group(xp, v, samples: int):
     return xp.broadcast_to(v[:, None], (G, samples // G, D)).reshape(samples, 1, D)
 
 
-def reference(xp, a, *, eps, center, scale_row, shift_row):
-    x = wide(a.x)
+def norm(xp, x, *, eps, center):
     if center:
         x = x - xp.mean(x, axis=-1, keepdims=True)
-    y = x / xp.sqrt(xp.mean(x * x, axis=-1, keepdims=True) + eps)
+    return x / xp.sqrt(xp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+def reference(xp, a, *, eps, center, scale_row, shift_row, norm=norm):
+    x = wide(a.x)
+    y = norm(xp, x, eps=eps, center=center)
     if a.weight is not None:
         y = y * per_group(xp, a.weight, x.shape[0])
     if a.bias is not None:
@@ -326,7 +332,7 @@ adaln = Op(
     forward=forward,
     backward=backward,
     reference=reference,
-    keeps=frozenset({"x", "scale", "weight", "bias"}),
+    keeps=frozenset({"x", "scale", "shift", "weight", "bias"}),
     shared={"weight": 1, "bias": 1},
     dense={"scale": 1, "shift": 1},
 )

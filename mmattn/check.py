@@ -35,6 +35,17 @@ def floating(op: str, name: str, x) -> str:
     return dtype
 
 
+def integer(op: str, name: str, x) -> None:
+    if dtype_name(x) not in ("int32", "int64"):
+        raise TypeError(f"{op}: {name} has dtype {dtype_name(x)}; expected int32 or int64. Cast it to int32.")
+
+
+def boolean(op: str, name: str, x) -> None:
+    is_array(op, name, x)
+    if dtype_name(x) != "bool":
+        raise TypeError(f"{op}: {name} has dtype {dtype_name(x)}; expected bool, True = attend. Compare it first (mask != 0).")
+
+
 def vector_dtype(op: str, name: str, v, like: str, like_name: str) -> None:
     """Vectors are float32 or in the dtype of the array that they act on."""
     dtype = floating(op, name, v)
@@ -50,7 +61,9 @@ def same_dtype(op: str, name: str, x, like: str, like_name: str) -> None:
 
 def width(op: str, name: str, size: int, low: int = 8, high: int = 16384) -> None:
     if size % 8 or not low <= size <= high:
-        raise ValueError(f"{op}: {name} is {size}; expected a multiple of 8 from {low} to {high}. Pad the width to the next multiple of 8.")
+        raise ValueError(
+            f"{op}: {name} is {size}; expected a multiple of 8 from {low} to {high}. Pad the width to the next multiple of 8."
+        )
 
 
 def eps(op: str, value, name: str = "eps") -> float:
@@ -59,6 +72,11 @@ def eps(op: str, value, name: str = "eps") -> float:
     if not math.isfinite(value) or value < 0:
         raise ValueError(f"{op}: {name} is {value}; expected a finite number >= 0. The usual values are 1e-6 and 1.1920929e-7.")
     return float(value)
+
+
+def flag(op: str, name: str, value) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} is {value!r}; expected True or False. It is compiled in.")
 
 
 def choice(op: str, name: str, value, allowed: tuple) -> None:

@@ -41,8 +41,12 @@ def decide(call: Call, requested: str | None, default: str, device_problem: str 
     if problem is None:
         return Explanation("triton", "asked for" if wanted == "triton" else "the device and the arguments are supported")
     if wanted == "triton":
-        raise RuntimeError(f'{name}: implementation="triton" cannot be met: {problem}. Use implementation="auto" or "reference".')
+        raise unmet(name, problem)
     return Explanation("reference", problem)
+
+
+def unmet(op: str, problem: str) -> RuntimeError:
+    return RuntimeError(f'{op}: implementation="triton" cannot be met: {problem}. Use implementation="auto" or "reference".')
 
 
 def call_problem(call: Call) -> str | None:

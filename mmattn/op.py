@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 DTYPE_NAMES: dict[Any, str] = {}  # a framework's dtype object -> its name; each front-end adds its own
@@ -72,7 +72,7 @@ def row_stride(x, dense: int) -> int | None:
         step *= size
     leading = [(n, s) for n, s in zip(shape, strides, strict=True)][: len(shape) - dense]
     leading = [(n, s) for n, s in leading if n != 1]
-    for (_, outer), (n, inner) in zip(leading, leading[1:], strict=False):
+    for (_, outer), (n, inner) in pairwise(leading):
         if outer != n * inner:
             return None
     return leading[-1][1] if leading else row
@@ -114,7 +114,7 @@ class Op:
     infer(a, **static)                               -> (outs, extras), Specs; extras are residuals beyond the outs
     forward(run, a, **static)                        -> (outs, extras)
     backward(run, a, outs, extras, douts, **static)  -> {operand: gradient}, in the operand's shape and structure;
-                                                        operands that are not in `keeps` arrive as Specs
+                                                        operands that are not in `keeps` arrive as None
     reference(xp, a, **static)                       -> outs, in plain array code over the namespace xp
     """
 
@@ -124,7 +124,7 @@ class Op:
     forward: Callable
     backward: Callable
     reference: Callable
-    keeps: frozenset[str]  # operands that the backward reads
+    keeps: frozenset[str]  # operands that the backward reads; any other one is constant or in `passes`
     keeps_outs: bool = False  # whether the backward reads the outputs
     passes: Mapping[str, int] = field(default_factory=dict)  # operand -> the output whose gradient is its own; not in backward
     constant: frozenset[str] = frozenset()  # operands without a gradient: masks, positions, tables
@@ -147,7 +147,15 @@ class Call(NamedTuple):
     result: Callable
 
 
-Layout = tuple[tuple[str, int | None | tuple[int | None, ...]], ...]
+class Operands:
+    """Operands as attributes. (torch.compile cannot trace a types.SimpleNamespace.)"""
+
+    def __init__(self, **operands):
+        for name, x in operands.items():
+            setattr(self, name, x)
+
+
+Layout = tuple[tuple[str, int | tuple[int | None, ...] | None], ...]
 
 
 def flatten(op: Op, operands: Mapping[str, Any]) -> tuple[list, Layout]:
@@ -167,10 +175,10 @@ def flatten(op: Op, operands: Mapping[str, Any]) -> tuple[list, Layout]:
     return arrays, tuple(layout)
 
 
-def unflatten(layout: Layout, arrays) -> SimpleNamespace:
+def unflatten(layout: Layout, arrays) -> Operands:
     """Inverse of `flatten`: the operands as attributes."""
     pick = lambda at: None if at is None else arrays[at]
-    return SimpleNamespace(**{name: tuple(map(pick, at)) if isinstance(at, tuple) else pick(at) for name, at in layout})
+    return Operands(**{name: tuple(map(pick, at)) if isinstance(at, tuple) else pick(at) for name, at in layout})
 
 
 def owners(layout: Layout) -> list[str]:

@@ -1,0 +1,267 @@
+"""Backward kernels of joint attention: delta, then dk and dv per block of keys, then dq per block of queries."""
+
+from __future__ import annotations
+
+from .._triton import tl, triton
+from .forward import LN2
+from .tokens import allowed, kept, load_tokens, stream_of
+
+
+@triton.jit
+def attention_delta_body(
+    o_ptrs,  # (B, L_s, H, d)
+    do_ptrs,  # (B, L_s, H, d)
+    lse_ptrs,  # (B, H, L_s) float32
+    dlse_ptrs,  # (B, H, L_s) float32
+    delta_ptrs,  # (B, H, L_s) float32
+    LENGTHS,
+    HEADS,
+    WIDTH,
+    SHIFTED,  # whether dlse is given
+    ROWS,
+    COLS,
+):
+    """Grid (B * blocks of ROWS (token, head) rows over all streams,): delta = sum(o * do) - dlse, 0 for an empty row."""
+    blocks = 0
+    for t in tl.static_range(len(o_ptrs)):
+        blocks += tl.cdiv(LENGTHS[t] * HEADS, ROWS)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    for t in tl.static_range(len(o_ptrs)):
+        rows_of_stream = LENGTHS[t] * HEADS
+        here = tl.cdiv(rows_of_stream, ROWS)
+        if (block >= 0) & (block < here):
+            row = block * ROWS + tl.arange(0, ROWS)
+            cols = tl.arange(0, COLS)
+            inside = (row < rows_of_stream)[:, None] & (cols < WIDTH)[None, :]
+            at = batch * rows_of_stream * WIDTH + row[:, None] * WIDTH + cols[None, :]
+            o = tl.load(o_ptrs[t] + at, mask=inside, other=0.0).to(tl.float32)  # [ROWS, COLS]
+            do = tl.load(do_ptrs[t] + at, mask=inside, other=0.0).to(tl.float32)
+            delta = tl.sum(o * do, 1)
+            at = batch * rows_of_stream + row % HEADS * LENGTHS[t] + row // HEADS
+            if SHIFTED:
+                delta -= tl.load(dlse_ptrs[t] + at, mask=row < rows_of_stream, other=0.0)
+            lse = tl.load(lse_ptrs[t] + at, mask=row < rows_of_stream, other=float("-inf"))
+            delta = tl.where(lse == float("-inf"), 0.0, delta)
+            tl.store(delta_ptrs[t] + at, delta, mask=row < rows_of_stream)
+        block -= here
+
+
+@triton.jit
+def load_row_statistics(lse_ptr, delta_ptr, at, query, length):
+    """lse in base 2 and delta of some queries; an empty row's lse is +inf, so that its P is 0."""
+    inside = query < length
+    lse = tl.load(lse_ptr + at + query, mask=inside, other=float("-inf"))
+    delta = tl.load(delta_ptr + at + query, mask=inside, other=0.0)
+    return tl.where(lse == float("-inf"), float("inf"), lse * (1.0 / LN2)), delta
+
+
+@triton.jit
+def gather_queries(
+    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, query_mask_ptr, mask_ptr, rows_ptr, cols_ptr, batch, statistics,
+    i, t, start, key, length, first_length, q_stride, do_stride,
+    SCALE: tl.constexpr, WIDTH: tl.constexpr, QUERY_MASKED: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, QUERIES: tl.constexpr, COLS: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """What one block of queries adds to dk and dv [KEYS, COLS]; scores are held transposed, [KEYS, QUERIES]."""
+    query = start + tl.arange(0, QUERIES)
+    cols = tl.arange(0, COLS)
+    whole: tl.constexpr = not (TAIL or QUERY_MASKED)
+    keep = kept(query_mask_ptr, batch, query, length, QUERY_MASKED)
+    q = load_tokens(q_ptr, batch, query, length, q_stride, cols, WIDTH, keep, whole).to(v.dtype)  # [QUERIES, COLS]
+    do = load_tokens(do_ptr, batch, query, length, do_stride, cols, WIDTH, keep, whole)
+    lse, delta = load_row_statistics(lse_ptr, delta_ptr, statistics, query, length)  # [QUERIES]
+    s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * SCALE  # [KEYS, QUERIES]
+    p = tl.exp2(s - lse[None, :])
+    if CAUSAL or MASKED:
+        valid = allowed(mask_ptr, rows_ptr, cols_ptr, batch, i, t, query[None, :], key[:, None], first_length, CAUSAL, MASKED)
+        p = tl.where(valid, p, 0.0)
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [KEYS, QUERIES]
+    ds = p * (dp - delta[None, :])
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def joint_attention_bwd_dkdv_body(
+    q_ptrs,
+    k_ptrs,
+    v_ptrs,
+    key_mask_ptrs,
+    mask_ptr,
+    rows_ptr,
+    cols_ptr,
+    do_ptrs,  # (B, L_s, H, d)
+    lse_ptrs,  # (B, H, L_s) float32
+    delta_ptrs,  # (B, H, L_s) float32
+    dk_ptrs,  # (B, L_s, H, d)
+    dv_ptrs,  # (B, L_s, H, d)
+    LENGTHS,
+    Q_STRIDES_,
+    K_STRIDES_,
+    V_STRIDES_,
+    V_AT,
+    HEADS,
+    WIDTH,
+    SCALE,
+    KEY_MASKS_,
+    CAUSAL,
+    MASKED,
+    PRECISION,
+    QUERIES,
+    KEYS,
+    COLS,
+):
+    """Grid (B * H * blocks of KEYS tokens over all streams,): dk and dv of one block of keys."""
+    blocks = 0
+    for t in tl.static_range(len(k_ptrs)):
+        blocks += tl.cdiv(LENGTHS[t], KEYS)
+    head = tl.program_id(0) // blocks % HEADS
+    batch = (tl.program_id(0) // blocks // HEADS).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    t, k_ptr, length, k_stride, first = stream_of(block, k_ptrs, LENGTHS, K_STRIDES_, KEYS)
+    _, v_ptr, _, v_stride, _ = stream_of(block, v_ptrs, LENGTHS, V_STRIDES_, KEYS)
+    _, dk_ptr, _, _, _ = stream_of(block, dk_ptrs, LENGTHS, K_STRIDES_, KEYS)
+    _, dv_ptr, _, _, _ = stream_of(block, dv_ptrs, LENGTHS, K_STRIDES_, KEYS)
+    _, key_mask_ptr, _, key_masked, _ = stream_of(block, key_mask_ptrs, LENGTHS, KEY_MASKS_, KEYS)
+
+    key = first + tl.arange(0, KEYS)
+    cols = tl.arange(0, COLS)
+    keep = key < length
+    if key_masked:
+        keep = kept(key_mask_ptr, batch, key, length, True)
+    v = load_tokens(v_ptr + head * WIDTH + V_AT, batch, key, length, v_stride, cols, WIDTH, keep, False)  # [KEYS, COLS]
+    k = load_tokens(k_ptr + head * WIDTH, batch, key, length, k_stride, cols, WIDTH, keep, False).to(v.dtype)
+    dk = tl.zeros((KEYS, COLS), tl.float32)
+    dv = tl.zeros((KEYS, COLS), tl.float32)
+    for i in tl.static_range(len(q_ptrs)):
+        q_ptr = q_ptrs[i] + head * WIDTH
+        do_ptr = do_ptrs[i] + head * WIDTH
+        statistics = (batch * HEADS + head) * LENGTHS[i]
+        begin = 0
+        if CAUSAL:
+            begin = tl.where(i == t, first // QUERIES * QUERIES, 0)
+        full = LENGTHS[i] // QUERIES * QUERIES
+        for start in range(begin, full, QUERIES):
+            dk, dv = gather_queries(
+                dk, dv, k, v, q_ptr, do_ptr, lse_ptrs[i], delta_ptrs[i], key_mask_ptrs[i], mask_ptr, rows_ptr, cols_ptr, batch,
+                statistics, i, t, start, key, LENGTHS[i], LENGTHS[0], Q_STRIDES_[i], HEADS * WIDTH,
+                SCALE, WIDTH, KEY_MASKS_[i], CAUSAL, MASKED, PRECISION, QUERIES, COLS, TAIL=False,
+            )  # fmt: skip
+        if full < LENGTHS[i]:
+            dk, dv = gather_queries(
+                dk, dv, k, v, q_ptr, do_ptr, lse_ptrs[i], delta_ptrs[i], key_mask_ptrs[i], mask_ptr, rows_ptr, cols_ptr, batch,
+                statistics, i, t, full, key, LENGTHS[i], LENGTHS[0], Q_STRIDES_[i], HEADS * WIDTH,
+                SCALE, WIDTH, KEY_MASKS_[i], CAUSAL, MASKED, PRECISION, QUERIES, COLS, TAIL=True,
+            )  # fmt: skip
+    dk = tl.where(keep[:, None], dk * (SCALE * LN2), 0.0)
+    dv = tl.where(keep[:, None], dv, 0.0)
+    at = (batch * length + key)[:, None] * (HEADS * WIDTH) + head * WIDTH + cols[None, :]
+    inside = (key < length)[:, None] & (cols < WIDTH)[None, :]
+    tl.store(dk_ptr + at, dk.to(dk_ptr.dtype.element_ty), mask=inside)
+    tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gather_keys(
+    dq, q, do, lse, delta, k_ptr, v_ptr, key_mask_ptr, mask_ptr, rows_ptr, cols_ptr, batch, i, t, query, start,
+    length, first_length, k_stride, v_stride,
+    SCALE: tl.constexpr, WIDTH: tl.constexpr, KEY_MASKED: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, KEYS: tl.constexpr, COLS: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """What one block of keys adds to dq [QUERIES, COLS]."""
+    key = start + tl.arange(0, KEYS)
+    cols = tl.arange(0, COLS)
+    whole: tl.constexpr = not (TAIL or KEY_MASKED)
+    keep = kept(key_mask_ptr, batch, key, length, KEY_MASKED)
+    v = load_tokens(v_ptr, batch, key, length, v_stride, cols, WIDTH, keep, whole)  # [KEYS, COLS]
+    k = load_tokens(k_ptr, batch, key, length, k_stride, cols, WIDTH, keep, whole).to(v.dtype)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * SCALE  # [QUERIES, KEYS]
+    p = tl.exp2(s - lse[:, None])
+    if not whole:
+        p = tl.where(keep[None, :], p, 0.0)
+    if CAUSAL or MASKED:
+        valid = allowed(mask_ptr, rows_ptr, cols_ptr, batch, i, t, query[:, None], key[None, :], first_length, CAUSAL, MASKED)
+        p = tl.where(valid, p, 0.0)
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    ds = p * (dp - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+
+@triton.jit
+def joint_attention_bwd_dq_body(
+    q_ptrs,
+    k_ptrs,
+    v_ptrs,
+    key_mask_ptrs,
+    mask_ptr,
+    rows_ptr,
+    cols_ptr,
+    do_ptrs,
+    lse_ptrs,
+    delta_ptrs,
+    dq_ptrs,  # (B, L_s, H, d)
+    LENGTHS,
+    Q_STRIDES_,
+    K_STRIDES_,
+    V_STRIDES_,
+    V_AT,
+    HEADS,
+    WIDTH,
+    SCALE,
+    KEY_MASKS_,
+    CAUSAL,
+    MASKED,
+    PRECISION,
+    QUERIES,
+    KEYS,
+    COLS,
+):
+    """Grid (B * H * blocks of QUERIES tokens over all streams,): dq of one block of queries."""
+    blocks = 0
+    for t in tl.static_range(len(q_ptrs)):
+        blocks += tl.cdiv(LENGTHS[t], QUERIES)
+    head = tl.program_id(0) // blocks % HEADS
+    batch = (tl.program_id(0) // blocks // HEADS).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    i, q_ptr, length, q_stride, first = stream_of(block, q_ptrs, LENGTHS, Q_STRIDES_, QUERIES)
+    _, do_ptr, _, _, _ = stream_of(block, do_ptrs, LENGTHS, Q_STRIDES_, QUERIES)
+    _, dq_ptr, _, _, _ = stream_of(block, dq_ptrs, LENGTHS, Q_STRIDES_, QUERIES)
+    _, lse_ptr, _, _, _ = stream_of(block, lse_ptrs, LENGTHS, Q_STRIDES_, QUERIES)
+    _, delta_ptr, _, _, _ = stream_of(block, delta_ptrs, LENGTHS, Q_STRIDES_, QUERIES)
+    _, query_mask_ptr, _, query_masked, _ = stream_of(block, key_mask_ptrs, LENGTHS, KEY_MASKS_, QUERIES)
+
+    query = first + tl.arange(0, QUERIES)
+    cols = tl.arange(0, COLS)
+    keep = query < length
+    if query_masked:
+        keep = kept(query_mask_ptr, batch, query, length, True)
+    q = load_tokens(q_ptr + head * WIDTH, batch, query, length, q_stride, cols, WIDTH, keep, False)  # [QUERIES, COLS]
+    q = q.to(v_ptrs[0].dtype.element_ty)
+    do = load_tokens(do_ptr + head * WIDTH, batch, query, length, HEADS * WIDTH, cols, WIDTH, keep, False)
+    lse, delta = load_row_statistics(lse_ptr, delta_ptr, (batch * HEADS + head) * length, query, length)
+    dq = tl.zeros((QUERIES, COLS), tl.float32)
+    for t in tl.static_range(len(k_ptrs)):
+        k_ptr = k_ptrs[t] + head * WIDTH
+        v_ptr = v_ptrs[t] + head * WIDTH + V_AT
+        end = LENGTHS[t] + 0
+        if CAUSAL:
+            end = tl.where(i == t, tl.minimum(LENGTHS[t], first + QUERIES), LENGTHS[t])
+        full = end // KEYS * KEYS
+        for start in range(0, full, KEYS):
+            dq = gather_keys(
+                dq, q, do, lse, delta, k_ptr, v_ptr, key_mask_ptrs[t], mask_ptr, rows_ptr, cols_ptr, batch, i, t, query, start,
+                LENGTHS[t], LENGTHS[0], K_STRIDES_[t], V_STRIDES_[t],
+                SCALE, WIDTH, KEY_MASKS_[t], CAUSAL, MASKED, PRECISION, KEYS, COLS, TAIL=False,
+            )  # fmt: skip
+        if full < end:
+            dq = gather_keys(
+                dq, q, do, lse, delta, k_ptr, v_ptr, key_mask_ptrs[t], mask_ptr, rows_ptr, cols_ptr, batch, i, t, query, full,
+                LENGTHS[t], LENGTHS[0], K_STRIDES_[t], V_STRIDES_[t],
+                SCALE, WIDTH, KEY_MASKS_[t], CAUSAL, MASKED, PRECISION, KEYS, COLS, TAIL=True,
+            )  # fmt: skip
+    at = (batch * length + query)[:, None] * (HEADS * WIDTH) + head * WIDTH + cols[None, :]
+    tl.store(
+        dq_ptr + at, (dq * (SCALE * LN2)).to(dq_ptr.dtype.element_ty), mask=(query < length)[:, None] & (cols < WIDTH)[None, :]
+    )

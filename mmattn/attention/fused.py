@@ -1,0 +1,98 @@
+"""The operation qk_norm_rope_attention: norm, rotation and joint attention of packed projections."""
+
+from __future__ import annotations
+
+from ..op import Call, Op, Operands, Spec, cast, spec
+from ..qk_norm_rope import norm_backward, norm_forward, norm_operands, norm_reference
+from .joint import attention_reference, attention_result, attention_static, mask_operands, silenced
+from .plans import any_specs, attention_backward, attention_forward, lse_specs, o_specs
+
+NORM = ("over", "eps", "layout")
+
+
+def parts(static: dict) -> tuple[dict, dict]:
+    """Static arguments of the norm, and of the attention."""
+    return {k: static[k] for k in NORM}, {k: v for k, v in static.items() if k not in NORM}
+
+
+def on_packed(a, q, k) -> tuple:
+    """Operands of the attention that follows the norm: v is read from the packed projections."""
+    _, _, _, H, d = a.qkv[0].shape
+    return Operands(q=q, k=k, v=a.qkv, attn_mask=a.attn_mask, key_masks=a.key_masks), dict(v_at=2 * H * d)
+
+
+def qk_specs(a) -> tuple[Spec, ...]:
+    return tuple(Spec((x.shape[0], x.shape[1], x.shape[3], x.shape[4]), spec(x).dtype) for x in a.qkv)
+
+
+def fused_infer(a, *, return_lse, **_):
+    qk = qk_specs(a)
+    b, _ = on_packed(a, qk, qk)
+    lse = lse_specs(b)
+    return (o_specs(b) + lse, qk + qk + any_specs(b)) if return_lse else (o_specs(b), qk + qk + lse + any_specs(b))
+
+
+def fused_forward(run, a, *, return_lse, **static):
+    norm, attention = parts(static)
+    q, k = norm_forward(run, a, **norm)
+    b, v_at = on_packed(a, tuple(q), tuple(k))
+    o, lse, anys = attention_forward(run, b, **attention, **v_at)
+    return (o + lse, b.q + b.k + anys) if return_lse else (o, b.q + b.k + lse + anys)
+
+
+def fused_backward(run, a, outs, extras, douts, *, return_lse, **static):
+    n = len(a.qkv)
+    norm, attention = parts(static)
+    b, v_at = on_packed(a, tuple(extras[:n]), tuple(extras[n : 2 * n]))
+    rest = extras[2 * n :]
+    lse, anys = (outs[n:], rest) if return_lse else (rest[:n], rest[n:])
+    dq, dk, dv = attention_backward(run, b, outs[:n], lse, anys, douts[:n], douts[n:], **attention, **v_at)
+    return norm_backward(run, a, dq, dk, dv, a.key_masks, **norm)
+
+
+def fused_reference(xp, a, *, return_lse, causal, scale, precision, **norm):
+    streams = tuple(silenced(xp, x, m) for x, m in zip(a.qkv, a.key_masks, strict=True))
+    q, k = (
+        tuple(
+            norm_reference(xp, qkv[:, :, part], w, cos, sin, a.start_pos, **norm)
+            for qkv, w, cos, sin in zip(streams, weights, a.cos, a.sin, strict=True)
+        )
+        for part, weights in ((0, a.q_weight), (1, a.k_weight))
+    )
+    v = tuple(x[:, :, 2] for x in streams)
+    o, lse = attention_reference(xp, q, k, v, a.attn_mask, a.key_masks, causal=causal, scale=scale)
+    o = tuple(cast(x, spec(a.qkv[0]).dtype) for x in o)
+    return o + lse if return_lse else o
+
+
+qk_norm_rope_attention_op = Op(
+    "qk_norm_rope_attention",
+    operands=("qkv", "q_weight", "k_weight", "cos", "sin", "start_pos", "attn_mask", "key_masks"),
+    infer=fused_infer,
+    forward=fused_forward,
+    backward=fused_backward,
+    reference=fused_reference,
+    keeps=frozenset({"qkv", "q_weight", "k_weight", "cos", "sin", "start_pos", "attn_mask", "key_masks"}),
+    keeps_outs=True,
+    constant=frozenset({"cos", "sin", "start_pos", "attn_mask", "key_masks"}),
+    shared={"q_weight": 1, "k_weight": 1, "cos": 2, "sin": 2},
+)
+
+
+def qk_norm_rope_attention(
+    qkv, q_weight, k_weight, *, over, eps: float = 1.1920929e-7, cos=None, sin=None, start_pos=None, layout: str = "interleaved",
+    attn_mask=None, key_masks=None, causal: bool = False, scale: float | None = None, return_lse: bool = False,
+    precision: str = "ieee",
+) -> Call:  # fmt: skip
+    """joint_attention(*qk_norm_rope(qkv, ...), v) for packed projections of one or more streams: what the modules call.
+
+    The arguments before attn_mask are qk_norm_rope's, the others joint_attention's. v is read from the packed projections
+    and its gradient is written into theirs.
+    """
+    op = "qk_norm_rope_attention"
+    operands, norm = norm_operands(op, qkv, q_weight, k_weight, over, eps, cos, sin, start_pos, layout)
+    streams = operands["qkv"]
+    static = norm | attention_static(op, streams[0].shape[4], causal, scale, return_lse, precision)
+    operands |= mask_operands(op, "qkv", streams, attn_mask, key_masks)
+    single = not isinstance(qkv, tuple | list)
+    return Call(qk_norm_rope_attention_op, operands, tuple(static.items()), attention_result(len(streams), single, return_lse))

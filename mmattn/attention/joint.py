@@ -1,0 +1,206 @@
+"""The operation joint_attention: its formula, its arguments."""
+
+from __future__ import annotations
+
+import math
+
+from .. import check
+from ..op import Call, Op, cast, spec, wide
+from ..qk_norm_rope import per_stream
+from .plans import any_specs, attention_backward, attention_forward, lse_specs, o_specs
+
+
+def infer(a, *, return_lse, **_):
+    lse, anys = lse_specs(a), any_specs(a)
+    return (o_specs(a) + lse, anys) if return_lse else (o_specs(a), lse + anys)
+
+
+def forward(run, a, *, return_lse, **static):
+    o, lse, anys = attention_forward(run, a, **static)
+    return (o + lse, anys) if return_lse else (o, lse + anys)
+
+
+def backward(run, a, outs, extras, douts, *, return_lse, **static):
+    n = len(a.q)
+    o, lse, anys = outs[:n], *((outs[n:], extras) if return_lse else (extras[:n], extras[n:]))
+    dq, dk, dv = attention_backward(run, a, o, lse, anys, douts[:n], douts[n:], **static)
+    return dict(q=dq, k=dk, v=dv)
+
+
+def ones(xp, x, *shape: int):
+    """True in the given shape, on x's device."""
+    true = xp.broadcast_to(xp.arange(1) == 0, shape)
+    return true.to(x.device) if hasattr(x, "is_cuda") else true
+
+
+def joint_mask(xp, q, attn_mask, key_masks, causal: bool):
+    """(B, L, L) over the joint sequence, L the sum of the streams' lengths; q per stream."""
+    B, n = q[0].shape[0], len(q)
+    rows = []
+    for i in range(n):
+        row = []
+        for t in range(n):
+            shape = (B, q[i].shape[1], q[t].shape[1])
+            m = ones(xp, q[0], *shape)
+            if attn_mask is not None and i == t == 0:
+                m = m & attn_mask
+            elif attn_mask is not None and i == 0:
+                m = m & xp.any(attn_mask, axis=2)[:, :, None]
+            elif attn_mask is not None and t == 0:
+                m = m & xp.any(attn_mask, axis=1)[:, None, :]
+            if causal and i == t:
+                m = m & xp.tril(ones(xp, q[0], *shape[1:]))[None]
+            for mask, side in ((key_masks[i], 2), (key_masks[t], 1)):
+                if mask is not None:
+                    m = m & (mask[:, :, None] if side == 2 else mask[:, None, :])
+            row.append(m)
+        rows.append(xp.concatenate(row, axis=2))
+    return xp.concatenate(rows, axis=1)
+
+
+def silenced(xp, x, mask):
+    """x (B, L, ...) with its masked tokens at 0, whatever they hold."""
+    return x if mask is None else xp.where(mask.reshape(mask.shape + (1,) * (len(x.shape) - 2)), x, xp.zeros_like(x))
+
+
+def split_streams(x, lengths, axis: int) -> tuple:
+    """The streams of a joint array, whose tokens are axis 1 or 2."""
+    ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+    return tuple(x[:, end - n : end] if axis == 1 else x[:, :, end - n : end] for n, end in zip(lengths, ends, strict=True))
+
+
+def attention_reference(xp, q, k, v, attn_mask, key_masks, *, causal: bool, scale: float):
+    """Outputs and log-sum-exps per stream, wide."""
+    lengths = [x.shape[1] for x in q]
+    mask = joint_mask(xp, q, attn_mask, key_masks, causal)[:, None]
+    q, k, v = (xp.concatenate([silenced(xp, wide(x), m) for x, m in zip(xs, key_masks, strict=True)], axis=1) for xs in (q, k, v))
+    s = xp.where(mask, xp.einsum("bqhd,bkhd->bhqk", q, k) * scale, -math.inf)
+    top = xp.amax(s, axis=-1, keepdims=True)
+    seen = top > -math.inf
+    p = xp.exp(s - xp.where(seen, top, xp.zeros_like(top)))
+    total = xp.where(seen, xp.sum(p, axis=-1, keepdims=True), xp.ones_like(top))
+    o = xp.einsum("bhqk,bkhd->bqhd", p / total, v)
+    lse = xp.where(seen, xp.log(total) + top, -math.inf)[..., 0]
+    return split_streams(o, lengths, 1), split_streams(lse, lengths, 2)
+
+
+def reference(xp, a, *, return_lse, causal, scale, precision):
+    o, lse = attention_reference(xp, a.q, a.k, a.v, a.attn_mask, a.key_masks, causal=causal, scale=scale)
+    o = tuple(cast(x, spec(a.v[0]).dtype) for x in o)
+    return o + lse if return_lse else o
+
+
+joint_attention_op = Op(
+    "joint_attention",
+    operands=("q", "k", "v", "attn_mask", "key_masks"),
+    infer=infer,
+    forward=forward,
+    backward=backward,
+    reference=reference,
+    keeps=frozenset({"q", "k", "v", "attn_mask", "key_masks"}),
+    keeps_outs=True,
+    constant=frozenset({"attn_mask", "key_masks"}),
+    dense={"q": 2, "k": 2, "v": 2},
+)
+
+
+def mask_operands(op: str, name: str, streams, attn_mask, key_masks) -> dict:
+    """Checked masks of streams whose tokens are axis 1."""
+    B, L = streams[0].shape[:2]
+    key_masks = per_stream(op, "key_masks", key_masks, len(streams))
+    if attn_mask is not None:
+        check.shape(op, "attn_mask", attn_mask, ("B, L, L", (B, L, L)), remedy=f"The mask is over the first stream, {name}[0].")
+        check.boolean(op, "attn_mask", attn_mask)
+    for i, (x, m) in enumerate(zip(streams, key_masks, strict=True)):
+        if m is not None:
+            check.shape(
+                op,
+                f"key_masks[{i}]",
+                m,
+                ("B, L_s", (B, x.shape[1])),
+                remedy="Give one bool per token of the stream, True = a real token.",
+            )
+            check.boolean(op, f"key_masks[{i}]", m)
+    return dict(attn_mask=attn_mask, key_masks=key_masks)
+
+
+def joint_operands(op: str, q, k, v) -> tuple[dict, bool]:
+    """Checked q, k, v per stream, and whether they came as bare arrays."""
+    single = not isinstance(q, tuple | list)
+    q, k, v = (tuple(x) if isinstance(x, tuple | list) else (x,) for x in (q, k, v))
+    n = len(v)
+    if n == 0 or len(q) != n or len(k) != n:
+        raise ValueError(
+            f"{op}: q, k, v have {len(q)}, {len(k)}, {n} streams; expected one number, at least 1. Give one entry per stream."
+        )
+    check.rank(op, "q[0]", q[0], "B, L, H, d", "Split the heads: (batch, tokens, heads, head width).")
+    B, _, H, d = q[0].shape
+    check.width(op, "the head width", d, 8, 128)
+    dtype = check.floating(op, "v[0]", v[0])
+    for i in range(n):
+        check.rank(op, f"q[{i}]", q[i], "B, L, H, d", "Split the heads: (batch, tokens, heads, head width).")
+        want = ("B, L_s, H, d", (B, q[i].shape[1], H, d))
+        for name, x in (("q", q[i]), ("k", k[i]), ("v", v[i])):
+            check.shape(
+                op, f"{name}[{i}]", x, want, remedy="q, k, v of a stream share their shape, all streams share B, H and d."
+            )
+        for name, x in (("q", q), ("k", k)):
+            check.vector_dtype(op, f"{name}[0]", x[0], dtype, "v")
+            check.same_dtype(op, f"{name}[{i}]", x[i], check.floating(op, f"{name}[0]", x[0]), f"{name}[0]")
+        check.same_dtype(op, f"v[{i}]", v[i], dtype, "v[0]")
+    return dict(q=q, k=k, v=v), single
+
+
+def attention_static(op: str, d: int, causal, scale, return_lse, precision) -> dict:
+    for name, flag in (("causal", causal), ("return_lse", return_lse)):
+        check.flag(op, name, flag)
+    if scale is not None and not (isinstance(scale, float | int) and math.isfinite(scale)):
+        raise ValueError(
+            f"{op}: scale is {scale!r}; expected a finite number or None for 1 / sqrt(d). Pass a Python float, it is compiled in."
+        )
+    check.choice(op, "precision", precision, ("ieee", "tf32"))
+    return dict(causal=causal, scale=d**-0.5 if scale is None else float(scale), return_lse=return_lse, precision=precision)
+
+
+def attention_result(n: int, single: bool, return_lse: bool):
+    """outs -> outputs per stream, with their log-sum-exps on request; bare arrays where the arguments were."""
+    one = (lambda x: x[0]) if single else tuple
+    return lambda outs: (one(outs[:n]), one(outs[n:])) if return_lse else one(outs[:n])
+
+
+def joint_attention(
+    q,
+    k,
+    v,
+    *,
+    attn_mask=None,
+    key_masks=None,
+    causal: bool = False,
+    scale: float | None = None,
+    return_lse: bool = False,
+    precision: str = "ieee",
+) -> Call:
+    """o_s = softmax(scale * q_s [k_0, k_1, ...]^T) [v_0, v_1, ...]: every stream attends to the tokens of all streams.
+
+    q, k, v    (B, L_s, H, d) per stream, v float32, bfloat16 or float16, q and k in v's dtype or float32; d a multiple of 8,
+               8 to 128. A single array is one stream. The streams are not concatenated in memory.
+    attn_mask  (B, L_0, L_0) bool over the first stream, True = attend. For pairs with another stream any() of its row or
+               column stands in, and the other streams see each other.
+    key_masks  per stream (B, L_s) bool or None, True = a real token. A masked token is silent both ways: nobody attends to
+               it, its output is 0 and its gradients are 0, whatever it holds, NaN included. Mind that
+               torch.nn.MultiheadAttention's key_padding_mask means the opposite.
+    causal     limits keys of the query's own stream to its own position and before.
+    scale      default 1 / sqrt(d).
+    returns    (B, L_s, H, d) per stream in v's dtype; with return_lse a pair (outputs, lses), lse (B, H, L_s) float32, the
+               natural logarithm of the sum of exponentials, differentiable.
+
+    A row without any key has output 0, lse -inf and gradient 0. Scores and sums are float32; float32 dots are IEEE unless
+    the framework's matmul precision asks for tf32. Raises ValueError or TypeError that names the argument.
+    FlashAttention-2: Dao 2023, arXiv:2307.08691. Joint attention of MMDiT: Esser et al. 2024, arXiv:2403.03206.
+    """
+    op = "joint_attention"
+    operands, single = joint_operands(op, q, k, v)
+    streams = operands["q"]
+    operands |= mask_operands(op, "q", streams, attn_mask, key_masks)
+    static = attention_static(op, streams[0].shape[3], causal, scale, return_lse, precision)
+    return Call(joint_attention_op, operands, tuple(static.items()), attention_result(len(streams), single, return_lse))

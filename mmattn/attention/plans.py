@@ -1,0 +1,160 @@
+"""Launches of joint attention: tiles, masks, and which kernels run forward and backward."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+from ..op import Plan, Spec, cdiv, next_power_of_2, row_stride, spec
+from ..streams import over_streams
+from .backward import attention_delta_body, joint_attention_bwd_dkdv_body, joint_attention_bwd_dq_body
+from .forward import joint_attention_fwd_body
+from .tokens import mask_any_kernel
+
+LOG2E = math.log2(math.e)
+
+
+def tiles(kind: str, d: int, dtype: str, masked: bool, precision: str) -> tuple[dict[str, int], int, int]:
+    """Tile, warps and stages of a kernel ("fwd", "dkdv" or "dq").
+
+    Below head width 64 exponentials and instruction issue bind, small programs of few warps keep all units busy (measured:
+    64 x 64 tiles with 2 warps, docs/facts.md); a mask costs registers, so those take 4 warps. At 64 and above the tensor
+    cores bind and wgmma wants 4 warps on 128 queries. IEEE float32 dots run on the FMA pipes with whole operand rows in
+    registers: small tiles, or they spill by the kilobyte.
+    """
+    cols = max(16, next_power_of_2(d))
+    if dtype == "float32" and precision == "ieee":
+        size = 32 if cols <= 64 else 16
+        return dict(QUERIES=size, KEYS=size, COLS=cols), 4 if cols <= 32 else 8, 1
+    if kind == "fwd" and not masked and dtype != "float32":
+        return (
+            (dict(QUERIES=64, KEYS=64, COLS=cols), 2, 2)
+            if cols <= 32
+            else (dict(QUERIES=128, KEYS=64, COLS=cols), 8 if cols > 64 else 4, 3)
+        )
+    return dict(QUERIES=64, KEYS=64, COLS=cols), 8 if cols > 64 else 4, 2 if dtype != "float32" else 1
+
+
+def meta(a, kind: str, *, causal: bool, scale: float, precision: str, v_at: int = 0) -> tuple[dict, int, int]:
+    n = len(a.q)
+    masked = a.attn_mask is not None or causal or any(m is not None for m in a.key_masks)
+    tile, warps, stages = tiles(kind, a.q[0].shape[3], spec(a.v[0]).dtype, masked, precision)
+    constants = dict(
+        V_AT=v_at,
+        HEADS=a.q[0].shape[2],
+        WIDTH=a.q[0].shape[3],
+        SCALE=scale * LOG2E,
+        CAUSAL=causal,
+        MASKED=0 if a.attn_mask is None else 1 if n == 1 else 2,
+        PRECISION=precision,
+    )
+    for i in range(n):
+        constants |= {f"Q_STRIDE{i}": row_stride(a.q[i], 2), f"K_STRIDE{i}": row_stride(a.k[i], 2)}
+        constants |= {
+            f"V_STRIDE{i}": row_stride(a.v[i], 3 if len(a.v[i].shape) == 5 else 2),
+            f"KEY_MASK{i}": a.key_masks[i] is not None,
+        }
+    return constants | tile, warps, stages
+
+
+@cache
+def plan(
+    body, lengths: tuple[int, ...], programs: int, block: int, outs: tuple[Spec, ...], constants: tuple, warps: int, stages: int
+) -> Plan:
+    """`programs` are launched for each block of `block` tokens of each stream."""
+    return Plan(
+        over_streams(body, len(lengths)),
+        grid=(programs * sum(cdiv(L, block) for L in lengths),),
+        outs=outs,
+        ints={f"LENGTH{i}": L for i, L in enumerate(lengths)},
+        meta=dict(constants),
+        warps=warps,
+        stages=stages,
+    )
+
+
+@cache
+def delta_plan(outs: tuple[Spec, ...], d: int, shifted: bool) -> Plan:
+    B, H, _ = outs[0].shape
+    cols = next_power_of_2(d)
+    rows = max(1, 2048 // cols)
+    lengths = [o.shape[2] for o in outs]
+    return Plan(
+        over_streams(attention_delta_body, len(outs)),
+        grid=(B * sum(cdiv(L * H, rows) for L in lengths),),
+        outs=outs,
+        ints={f"LENGTH{i}": L for i, L in enumerate(lengths)},
+        meta=dict(HEADS=H, WIDTH=d, SHIFTED=shifted, ROWS=rows, COLS=cols),
+        warps=4,
+    )
+
+
+def lengths(a) -> tuple[int, ...]:
+    return tuple(q.shape[1] for q in a.q)
+
+
+def key_mask_inputs(a) -> tuple:
+    """Key masks; an absent one is replaced by an array that is not read, of the same dtype for all streams."""
+    absent = next((m for m in a.key_masks if m is not None), a.q[0])
+    return tuple(absent if m is None else m for m in a.key_masks)
+
+
+def mask_inputs(a, anys) -> tuple:
+    """Key masks, mask, and any() of its rows and columns; an absent one is replaced by an array that is not read."""
+    rows, cols = anys or (a.q[0], a.q[0])
+    return (*key_mask_inputs(a), a.q[0] if a.attn_mask is None else a.attn_mask, rows, cols)
+
+
+@cache
+def any_plan(mask: Spec) -> Plan:
+    B, L, _ = mask.shape
+    lines = 16
+    outs = (Spec((B, L), "bool"),) * 2
+    return Plan(
+        mask_any_kernel,
+        grid=(2 * B * cdiv(L, lines),),
+        outs=outs,
+        ints=dict(LENGTH=L),
+        meta=dict(LINES=lines, ALONG=128),
+        warps=4,
+    )
+
+
+def o_specs(a) -> tuple[Spec, ...]:
+    return tuple(Spec(tuple(q.shape), spec(a.v[0]).dtype) for q in a.q)
+
+
+def lse_specs(a) -> tuple[Spec, ...]:
+    return tuple(Spec((q.shape[0], q.shape[2], q.shape[1]), "float32") for q in a.q)
+
+
+def any_specs(a) -> tuple[Spec, ...]:
+    augmented = a.attn_mask is not None and len(a.q) > 1
+    return (Spec(tuple(a.attn_mask.shape[:2]), "bool"),) * 2 if augmented else ()
+
+
+def attention_forward(run, a, **static):
+    """Outputs, log-sum-exps and the mask's any() vectors."""
+    B, _, H, _ = a.q[0].shape
+    anys = tuple(run(any_plan(spec(a.attn_mask)), a.attn_mask)) if any_specs(a) else ()
+    constants, warps, stages = meta(a, "fwd", **static)
+    outs = o_specs(a) + lse_specs(a)
+    p = plan(joint_attention_fwd_body, lengths(a), B * H, constants["QUERIES"], outs, tuple(constants.items()), warps, stages)
+    results = tuple(run(p, *a.q, *a.k, *a.v, *mask_inputs(a, anys)))
+    return results[: len(a.q)], results[len(a.q) :], anys
+
+
+def attention_backward(run, a, o, lse, anys, do, dlse, **static):
+    """dq, dk, dv of every stream; dlse () where lse is no output."""
+    B, _, H, d = a.q[0].shape
+    n = len(a.q)
+    delta = tuple(run(delta_plan(lse_specs(a), d, bool(dlse)), *o, *do, *lse, *(dlse or lse)))
+    inputs = (*a.q, *a.k, *a.v, *mask_inputs(a, anys), *do, *lse, *delta)
+    constants, warps, stages = meta(a, "dkdv", **static)
+    outs = tuple(Spec(tuple(x.shape), spec(x).dtype) for x in a.k) + tuple(Spec(tuple(x.shape), spec(a.v[0]).dtype) for x in a.k)
+    p = plan(joint_attention_bwd_dkdv_body, lengths(a), B * H, constants["KEYS"], outs, tuple(constants.items()), warps, stages)
+    dkdv = tuple(run(p, *inputs))
+    constants, warps, stages = meta(a, "dq", **static)
+    outs = tuple(Spec(tuple(x.shape), spec(x).dtype) for x in a.q)
+    p = plan(joint_attention_bwd_dq_body, lengths(a), B * H, constants["QUERIES"], outs, tuple(constants.items()), warps, stages)
+    return tuple(run(p, *inputs)), dkdv[:n], dkdv[n:]

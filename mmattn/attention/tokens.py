@@ -1,0 +1,94 @@
+"""How the attention kernels find, load and mask tokens of several streams."""
+
+from __future__ import annotations
+
+from .._triton import tl, triton
+
+
+@triton.jit
+def stream_of(block, ptrs, LENGTHS, STRIDES_, SIZE: tl.constexpr):
+    """Which stream a block of SIZE tokens, counted over all streams, belongs to: its number, pointer, length, row stride and
+    the block's first token."""
+    stream = 0
+    ptr = ptrs[0]
+    length = LENGTHS[0] + 0
+    stride = STRIDES_[0] + 0
+    first = block * SIZE
+    before = tl.cdiv(LENGTHS[0], SIZE)
+    for t in tl.static_range(1, len(ptrs)):
+        if block >= before:
+            stream = t
+            ptr = ptrs[t]
+            length = LENGTHS[t] + 0
+            stride = STRIDES_[t] + 0
+            first = (block - before) * SIZE
+        before += tl.cdiv(LENGTHS[t], SIZE)
+    return stream, ptr, length, stride, first
+
+
+@triton.jit
+def load_tokens(ptr, batch, tokens, length, stride, cols, WIDTH: tl.constexpr, keep, WHOLE: tl.constexpr):
+    """Tile [tokens, cols] of one head; tokens that `keep` excludes read as 0, whatever they hold. WHOLE: none is excluded."""
+    at = ptr + batch * length * stride + tokens[:, None] * stride + cols[None, :]
+    if WHOLE and cols.shape[0] == WIDTH:
+        return tl.load(at)
+    elif WHOLE:
+        return tl.load(at, mask=(cols < WIDTH)[None, :], other=0.0)
+    else:
+        return tl.load(at, mask=keep[:, None] & (cols < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def kept(key_mask_ptr, batch, tokens, length, MASKED: tl.constexpr):
+    """Which tokens of a stream exist and are not silenced by its key mask."""
+    inside = tokens < length
+    if MASKED:
+        inside &= tl.load(key_mask_ptr + batch * length + tokens, mask=inside, other=0) != 0
+    return inside
+
+
+@triton.jit
+def allowed(mask_ptr, rows_ptr, cols_ptr, batch, i, t, query, key, length, CAUSAL: tl.constexpr, MASKED: tl.constexpr):
+    """Whether query tokens of stream i may attend to key tokens of stream t; `query` and `key` broadcast to the tile.
+
+    length is the first stream's. MASKED: 0 no mask, 1 a mask over the only stream, 2 a mask that is augmented to others.
+    """
+    valid = (query >= 0) & (key >= 0)
+    if CAUSAL:
+        valid &= (query >= key) | (i != t)
+    if MASKED:
+        own = (i == 0) & (t == 0)
+        inside = (query < length) & (key < length)
+        seen = tl.load(mask_ptr + batch * length * length + (query * length + key), mask=inside & own, other=0) != 0
+        if MASKED == 2:
+            row = tl.load(rows_ptr + batch * length + query, mask=(query < length) & (i == 0), other=0) != 0
+            col = tl.load(cols_ptr + batch * length + key, mask=(key < length) & (t == 0), other=0) != 0
+            seen = (own & seen) | ((i == 0) & (t != 0) & row) | ((i != 0) & (t == 0) & col) | ((i != 0) & (t != 0))
+        valid &= seen
+    return valid
+
+
+@triton.jit(do_not_specialize=["LENGTH"])
+def mask_any_kernel(
+    mask_ptr,  # (B, L, L) bool
+    rows_ptr,  # (B, L) bool
+    cols_ptr,  # (B, L) bool
+    LENGTH,
+    LINES: tl.constexpr,
+    ALONG: tl.constexpr,
+):
+    """Grid (2 * B * cdiv(L, LINES),): even programs any() over LINES rows, odd ones over LINES columns."""
+    blocks = tl.cdiv(LENGTH, LINES)
+    over_rows = tl.program_id(0) % 2 == 0
+    batch = (tl.program_id(0) // 2 // blocks).to(tl.int64)
+    line = tl.program_id(0) // 2 % blocks * LINES + tl.arange(0, LINES)
+    line_stride = tl.where(over_rows, LENGTH, 1)
+    along_stride = tl.where(over_rows, 1, LENGTH)
+    seen = tl.zeros((LINES, ALONG), tl.int32)
+    for start in range(0, LENGTH, ALONG):
+        along = start + tl.arange(0, ALONG)
+        at = line[:, None] * line_stride + along[None, :] * along_stride
+        inside = (line < LENGTH)[:, None] & (along < LENGTH)[None, :]
+        seen |= (tl.load(mask_ptr + batch * LENGTH * LENGTH + at, mask=inside, other=0) != 0).to(tl.int32)
+    out = (rows_ptr if over_rows else cols_ptr) + batch * LENGTH + line
+    tl.store(out, tl.max(seen, 1) != 0, mask=line < LENGTH)

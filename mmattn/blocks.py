@@ -1,0 +1,232 @@
+"""The blocks, written once over (ops, m): `ops` holds a framework's operations, `m` is the module that holds the layers.
+
+One block of the seed, for the token stream x and, where the module has one, the context stream c with its own weights:
+
+    s1, b1, g1, s2, b2, g2 = W silu(y)
+    o = Attention(LN(x) * (1 + s1) + b1, ...)         all streams attend to all streams' keys
+    x = x + g1 * o
+    x = x + g2 * MLP(LN(x) * (1 + s2) + b2)           MLP = Linear, SiLU, Linear, Dropout
+
+Without conditioning LN has a weight and a bias of its own, s = b = 0 and g = 1.
+
+Padding (x_mask, context_mask; True = token) is silent both ways: it enters and leaves every module as 0, so whatever it
+holds, NaN included, reaches no output, and no gradient comes back through it.
+
+What `ops` has besides the public operations:
+    rows(v, n)                n row vectors per sample of v (B, n * D) or (B, 1, n * D), read in place
+    vector(weight)            a layer's weight as an operand of an operation
+    where(mask, x, 0)
+    extent(start_pos)         smallest and largest value, None where they cannot be seen without a synchronisation
+    per_sample(start_pos, x)  start_pos as an array (B,) on x's device
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from . import check
+from .op import cast, dtype_name
+
+LAYER_NORM_EPS = 1e-6
+RMS_NORM_EPS = 1.1920929e-7  # what torch.nn.RMSNorm(eps=None) means in every dtype but float64
+
+
+class AttentionOutput(NamedTuple):
+    """Updated tokens (B, L, D) and, where a context was given, updated context (B, C, D)."""
+
+    x_out: Any
+    context_out: Any = None
+
+
+def head_width(name: str, dim: int, num_head: int, dim_head: int | None) -> int:
+    """Width of one head, checked."""
+    check.width(name, "dim", dim)
+    if dim_head is None:
+        if num_head < 1 or dim % num_head:
+            raise ValueError(
+                f"{name}: dim = {dim} is not divisible by num_head = {num_head}. Choose num_head to divide it, or give dim_head."
+            )
+        dim_head = dim // num_head
+    if dim_head % 2:
+        raise ValueError(
+            f"{name}: the head width is {dim_head}; expected an even one, RoPE turns pairs. Choose another num_head or dim_head."
+        )
+    check.width(name, "the head width", dim_head, 8, 128)
+    return dim_head
+
+
+def check_block(name: str, dropout: float, conditioning: bool, use_cross_attn: bool) -> None:
+    if not 0 <= dropout < 1:
+        raise ValueError(f"{name}: dropout is {dropout}; expected a probability, 0 <= dropout < 1. Use 0 for no dropout.")
+    if use_cross_attn and not conditioning:
+        raise ValueError(
+            f"{name}: use_cross_attn=True needs conditioning=True: the context stream has no norm weights of its own."
+        )
+
+
+def attention(ops, m, x, context=None, attn_mask=None, start_pos=None, x_mask=None, context_mask=None) -> AttentionOutput:
+    """Joint attention of one or two streams, with QK-RMSNorm over the full width and RoPE on the tokens only."""
+    name = type(m).__name__
+    streams, masks = checked_streams(name, m, x, context, x_mask, context_mask, m.use_context)
+    attn_mask = boolean_mask(name, attn_mask, x)
+    n, inner = len(streams), m.num_head * m.dim_head
+    prefixes = ("", "c_")[:n]
+
+    qkv = tuple(
+        getattr(m, prefix + "to_qkv")(silent(ops, s, mask)).reshape(*s.shape[:2], 3, m.num_head, m.dim_head)
+        for prefix, s, mask in zip(prefixes, streams, masks, strict=True)
+    )
+    qk = dict(
+        q_weight=tuple(ops.vector(getattr(m, prefix + "rms_norm_q").weight) for prefix in prefixes),
+        k_weight=tuple(ops.vector(getattr(m, prefix + "rms_norm_k").weight) for prefix in prefixes),
+        over="width",
+        eps=RMS_NORM_EPS,
+        cos=(m.cos, None)[:n],
+        sin=(m.sin, None)[:n],
+        start_pos=positions(ops, m, x, start_pos),
+    )
+    if m.linear:
+        outs = linear_attention(ops, qkv, qk, attn_mask, masks)
+    else:
+        outs = ops.qk_norm_rope_attention(qkv, **qk, attn_mask=attn_mask, key_masks=masks)
+    return AttentionOutput(
+        *(
+            silent(ops, getattr(m, prefix + "to_out")(o.reshape(*o.shape[:2], inner)), mask)
+            for prefix, o, mask in zip(prefixes, outs, masks, strict=True)
+        )
+    )
+
+
+def linear_attention(ops, qkv, qk, attn_mask, masks):
+    """ReLU linear attention. Of attn_mask the seed reads the first query's row, and hides the keys that it excludes."""
+    q, k = ops.qk_norm_rope(qkv, **qk)
+    v = tuple(s[:, :, 2] for s in qkv)
+    if attn_mask is not None:
+        first = attn_mask[:, 0]
+        attended = (first, first.any(-1)[:, None])
+        k = tuple(ops.where(mask[..., None, None], x, 0) for mask, x in zip(attended, k, strict=False))
+    return ops.relu_linear_attention(q, k, v, key_masks=masks)
+
+
+def block(ops, m, x, y=None, attn_mask=None, context=None, start_pos=None, x_mask=None, context_mask=None) -> AttentionOutput:
+    name = type(m).__name__
+    streams, masks = checked_streams(name, m, x, context, x_mask, context_mask, m.use_cross_attn)
+    check_inputs(name, m, x, y, context)
+    layers = (m, m.context_layers) if m.use_cross_attn else (m,)
+    modulations = [modulation(ops, layer, y, x) for layer in layers]
+
+    streams = [silent(ops, s, mask) for s, mask in zip(streams, masks, strict=True)]
+    h = [norm(ops, s, layer.ln_1, rows) for s, layer, (rows, _) in zip(streams, layers, modulations, strict=True)]
+    if m.use_cross_attn:
+        h = m.cross_attn(*h, attn_mask, start_pos, x_mask=x_mask, context_mask=context_mask)
+    else:
+        h = m.attn(*h, attn_mask, start_pos, x_mask=x_mask)
+    streams = [add(ops, s, branch, rows) for s, branch, (rows, _) in zip(streams, h, modulations, strict=False)]
+    streams = [
+        add(ops, s, layer.mlp(norm(ops, s, layer.ln_2, rows)), rows)
+        for s, layer, (_, rows) in zip(streams, layers, modulations, strict=True)
+    ]
+    return AttentionOutput(*(silent(ops, s, mask) for s, mask in zip(streams, masks, strict=True)))
+
+
+def stack(ops, m, x, y=None, attn_mask=None, context=None, start_pos=None, x_mask=None, context_mask=None) -> AttentionOutput:
+    out = AttentionOutput(x, context)
+    for layer in m.layers:
+        out = layer(out.x_out, y, attn_mask, out.context_out, start_pos, x_mask=x_mask, context_mask=context_mask)
+    return out
+
+
+def modulation(ops, layers, y, x):
+    """(scale, shift, gate) of the attention and of the MLP; None and None without conditioning."""
+    if y is None:
+        return None, None
+    packed = layers.adaLN_modulation(y)
+    if dtype_name(packed) != "float32":  # a bfloat16 layer beside float32 tokens, under autocast for one
+        packed = cast(packed, dtype_name(x))
+    rows = ops.rows(packed, 6)
+    return rows[:3], rows[3:]
+
+
+def norm(ops, x, layer_norm, rows):
+    if rows is None:
+        return layer_norm(x)
+    scale, shift, _ = rows
+    return ops.layernorm_adaln(x, scale, shift, eps=LAYER_NORM_EPS)
+
+
+def add(ops, x, h, rows):
+    """x plus a branch, in x's dtype."""
+    h = cast(h, dtype_name(x))
+    return x + h if rows is None else ops.gated_residual(x, h, rows[2])
+
+
+def silent(ops, x, mask):
+    return x if mask is None else ops.where(mask[..., None], x, 0)
+
+
+def boolean_mask(name: str, mask, x):
+    """attn_mask (B, L, L) as booleans; any dtype, non-zero = attend."""
+    if mask is None:
+        return None
+    B, L, _ = x.shape
+    check.shape(
+        name, "attn_mask", mask, ("B, L, L", (B, L, L)), remedy="It covers the tokens; the context's part follows from it."
+    )
+    return mask if dtype_name(mask) == "bool" else mask != 0
+
+
+def positions(ops, m, x, start_pos):
+    name, tokens, limit = type(m).__name__, x.shape[1], m.max_seq_len
+    if tokens > limit:
+        raise ValueError(
+            f"{name}: x has {tokens} tokens; expected at most max_seq_len = {limit}. Build the attention with a larger one."
+        )
+    if start_pos is None:
+        return None
+    if not isinstance(start_pos, int):
+        check.shape(name, "start_pos", start_pos, ("B", (x.shape[0],)), remedy="Give an int, or one start position per sample.")
+    extent = ops.extent(start_pos)
+    if extent is not None and (extent[0] < 0 or extent[1] + tokens > limit):
+        raise ValueError(
+            f"{name}: start_pos reaches from {extent[0]} to {extent[1]}; expected 0 to {limit - tokens}, "
+            f"max_seq_len = {limit} less {tokens} tokens. Move the start, or build the attention with a larger max_seq_len."
+        )
+    return ops.per_sample(start_pos, x)
+
+
+def checked_streams(name: str, m, x, context, x_mask, context_mask, has_context: bool):
+    """The streams that are given and their padding masks, as tuples."""
+    if context is None and context_mask is not None:
+        raise ValueError(f"{name}: context_mask was given without context. Give the context it belongs to, or leave it out.")
+    if context is not None and not has_context:
+        raise ValueError(
+            f"{name}: context was given, but the module was built without it. "
+            "Build an attention with use_context=True, a block with use_cross_attn=True, or leave context out."
+        )
+    streams, masks = ((x,), (x_mask,)) if context is None else ((x, context), (x_mask, context_mask))
+    for label, s, mask in zip(("x", "context"), streams, masks, strict=False):
+        check.rank(name, label, s, "B, L, D", f"Reshape {label} to batch, tokens, width.")
+        want = (x.shape[0], s.shape[1], m.dim)
+        check.shape(name, label, s, ("B, L, D", want), remedy="The module's width is dim, and all streams share the batch.")
+        if mask is not None:
+            check.shape(
+                name, f"{label}_mask", mask, ("B, L", want[:2]), remedy="Give one flag per token, True = token, False = padding."
+            )
+            check.boolean(name, f"{label}_mask", mask)
+    return streams, masks
+
+
+def check_inputs(name: str, m, x, y, context) -> None:
+    if m.use_cross_attn and context is None:
+        raise ValueError(f"{name}: context is None, but the module was built with use_cross_attn=True. Give context (B, C, D).")
+    if m.conditioning and y is None:
+        raise ValueError(f"{name}: y is None, but the module was built with conditioning=True. Give y (B, 1, D) or (B, D).")
+    if not m.conditioning and y is not None:
+        raise ValueError(
+            f"{name}: y was given, but the module was built without conditioning=True. Build it with, or leave y out."
+        )
+    if y is not None:
+        B, D = x.shape[0], m.dim
+        check.shape(
+            name, "y", y, ("B, 1, D", (B, 1, D)), ("B, D", (B, D)), remedy="Give one conditioning vector per sample of x."
+        )

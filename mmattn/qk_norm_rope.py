@@ -1,0 +1,499 @@
+"""QK-RMSNorm and rotary embedding of packed projections, one launch per stream.
+
+For q and for k of each token:  y = R(pos) (weight * x / sqrt(mean(x^2) + eps)).
+The mean runs over all heads (over="width", before the head split) or over each head (over="head"); a "row" below is what
+is normalised together. R rotates pairs of a head's elements by pos * frequency, pairs being (2i, 2i + 1) (interleaved) or
+(i, i + d/2) (half).  QK-norm: Henry et al. 2020, arXiv:2010.04245; Dehghani et al. 2023, arXiv:2302.05442.
+RoPE: Su et al. 2021, arXiv:2104.09864.
+
+Backward of a row, with n = x * rstd, u = R(pos)^T dy and g = weight * u:
+    dx = rstd * (g - n * mean(g * n))      dweight = sum over rows of u * n
+Saved for the backward: the packed projections and the weights; rstd is recomputed from the tile that is read anyway.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from . import check
+from ._triton import tl, triton
+from .op import Call, Op, Plan, Spec, Target, cast, cdiv, groups, next_power_of_2, spec, wide
+from .rows import sum_pair_plan
+
+
+@triton.jit
+def pair_columns(pair, WIDTH_HEAD: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Columns of the two elements that RoPE turns together, for pair numbers counted over all heads of a row."""
+    if INTERLEAVED:
+        first = 2 * pair
+        return first, first + 1
+    else:
+        half: tl.constexpr = WIDTH_HEAD // 2
+        first = pair // half * WIDTH_HEAD + pair % half
+        return first, first + half
+
+
+@triton.jit
+def load_pairs(ptr, row, inside, WIDTH: tl.constexpr, WIDTH_HEAD: tl.constexpr, INTERLEAVED: tl.constexpr, PAIRS: tl.constexpr):
+    """Both halves [ROWS, PAIRS] of rows that start at `row` [ROWS], float32, zeros outside."""
+    if INTERLEAVED:
+        # One vectorised load; neighbours in a register pair are split without a shuffle.
+        cols = tl.arange(0, 2 * PAIRS)
+        x = tl.load(ptr + row[:, None] + cols[None, :], mask=inside[:, None] & (cols < WIDTH)[None, :], other=0.0)
+        return tl.split(tl.reshape(x.to(tl.float32), (row.shape[0], PAIRS, 2)))
+    else:
+        pair = tl.arange(0, PAIRS)
+        first, second = pair_columns(pair, WIDTH_HEAD, False)
+        there = inside[:, None] & (2 * pair < WIDTH)[None, :]
+        a = tl.load(ptr + row[:, None] + first[None, :], mask=there, other=0.0).to(tl.float32)
+        b = tl.load(ptr + row[:, None] + second[None, :], mask=there, other=0.0).to(tl.float32)
+        return a, b
+
+
+@triton.jit
+def store_pairs(
+    ptr, row, inside, a, b, WIDTH: tl.constexpr, WIDTH_HEAD: tl.constexpr, INTERLEAVED: tl.constexpr, PAIRS: tl.constexpr
+):
+    """Inverse of load_pairs, rounded to the pointer's dtype."""
+    a = a.to(ptr.dtype.element_ty)
+    b = b.to(ptr.dtype.element_ty)
+    if INTERLEAVED:
+        cols = tl.arange(0, 2 * PAIRS)
+        x = tl.reshape(tl.join(a, b), (row.shape[0], 2 * PAIRS))
+        tl.store(ptr + row[:, None] + cols[None, :], x, mask=inside[:, None] & (cols < WIDTH)[None, :])
+    else:
+        pair = tl.arange(0, PAIRS)
+        first, second = pair_columns(pair, WIDTH_HEAD, False)
+        there = inside[:, None] & (2 * pair < WIDTH)[None, :]
+        tl.store(ptr + row[:, None] + first[None, :], a, mask=there)
+        tl.store(ptr + row[:, None] + second[None, :], b, mask=there)
+
+
+@triton.jit
+def load_rotation(
+    cos_ptr, sin_ptr, start_ptr, b, token, inside, table,
+    WIDTH_HEAD: tl.constexpr, STARTED: tl.constexpr, POSITIONS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """cos and sin [ROWS, PAIRS] of each row's position, which is clamped to the table."""
+    half: tl.constexpr = WIDTH_HEAD // 2
+    position = token
+    if STARTED:
+        position += tl.load(start_ptr + b, mask=inside, other=0).to(token.dtype)
+    position = tl.minimum(tl.maximum(position, 0), POSITIONS - 1)
+    at = (table + position)[:, None] * half + (tl.arange(0, PAIRS) % half)[None, :]
+    c = tl.load(cos_ptr + at, mask=inside[:, None], other=1.0).to(tl.float32)
+    s = tl.load(sin_ptr + at, mask=inside[:, None], other=0.0).to(tl.float32)
+    return c, s
+
+
+@triton.jit
+def rms(a, b, WIDTH: tl.constexpr, EPS: tl.constexpr):
+    """Normalised pairs and rstd [ROWS]."""
+    rstd = tl.rsqrt(tl.sum(tl.fma(a, a, b * b), 1) / WIDTH + EPS)
+    return a * rstd[:, None], b * rstd[:, None], rstd
+
+
+@triton.jit
+def turn(a, b, c, s):
+    return tl.fma(a, c, -(b * s)), tl.fma(a, s, b * c)
+
+
+@triton.jit(do_not_specialize=["TOKENS", "SAMPLES", "GROUP", "TABLE_GROUP"])
+def qk_norm_rope_fwd_kernel(
+    qkv_ptr,  # (B, L, 3, H, d)
+    q_weight_ptr,  # (G, WIDTH)
+    k_weight_ptr,  # (G, WIDTH)
+    cos_ptr,  # (T, POSITIONS, d/2) float32
+    sin_ptr,  # (T, POSITIONS, d/2) float32
+    start_ptr,  # (B,) int32
+    q_ptr,  # (B, L, H, d)
+    k_ptr,  # (B, L, H, d)
+    TOKENS,  # L
+    SAMPLES,  # B / G
+    TABLE_GROUP,  # samples that share a table, B / T
+    WIDTH: tl.constexpr,  # elements of a row
+    ROWS_PER_TOKEN: tl.constexpr,  # 1 over the width, H over the head
+    WIDTH_HEAD: tl.constexpr,  # d
+    EPS: tl.constexpr,
+    ROTATED: tl.constexpr,
+    STARTED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    ROWS: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """Grid (G * cdiv(rows of a group, ROWS),): one program serves ROWS rows of q and the same rows of k."""
+    D: tl.constexpr = WIDTH * ROWS_PER_TOKEN
+    rows_of_group = SAMPLES * TOKENS * ROWS_PER_TOKEN
+    blocks = tl.cdiv(rows_of_group, ROWS)
+    g = tl.program_id(0) // blocks
+    r = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
+    inside = r < rows_of_group
+    token = g * SAMPLES * TOKENS + r // ROWS_PER_TOKEN  # counted over the batch
+    b = token // TOKENS
+    row = token.to(tl.int64) * D + r % ROWS_PER_TOKEN * WIDTH
+    packed = row + token.to(tl.int64) * 2 * D
+    if ROTATED:
+        c, s = load_rotation(
+            cos_ptr, sin_ptr, start_ptr, b, token % TOKENS, inside, b // TABLE_GROUP * POSITIONS,
+            WIDTH_HEAD, STARTED, POSITIONS, PAIRS,
+        )  # fmt: skip
+    first, second = pair_columns(tl.arange(0, PAIRS), WIDTH_HEAD, INTERLEAVED)
+    there = 2 * tl.arange(0, PAIRS) < WIDTH
+    for part in tl.static_range(2):
+        weight = (k_weight_ptr if part else q_weight_ptr) + g.to(tl.int64) * WIDTH
+        a, b_ = load_pairs(qkv_ptr + part * D, packed, inside, WIDTH, WIDTH_HEAD, INTERLEAVED, PAIRS)  # [ROWS, PAIRS]
+        a, b_, _ = rms(a, b_, WIDTH, EPS)
+        a *= tl.load(weight + first, mask=there, other=0.0).to(tl.float32)[None, :]
+        b_ *= tl.load(weight + second, mask=there, other=0.0).to(tl.float32)[None, :]
+        if ROTATED:
+            a, b_ = turn(a, b_, c, s)
+        store_pairs(k_ptr if part else q_ptr, row, inside, a, b_, WIDTH, WIDTH_HEAD, INTERLEAVED, PAIRS)
+
+
+@triton.jit(do_not_specialize=["TOKENS", "SAMPLES", "TABLE_GROUP", "CHUNKS", "BLOCKS"])
+def qk_norm_rope_bwd_kernel(
+    qkv_ptr,  # (B, L, 3, H, d)
+    dq_ptr,  # (B, L, H, d)
+    dk_ptr,  # (B, L, H, d)
+    dv_ptr,  # (B, L, H, d)
+    q_weight_ptr,  # (G, WIDTH)
+    k_weight_ptr,  # (G, WIDTH)
+    cos_ptr,  # (T, POSITIONS, d/2) float32
+    sin_ptr,  # (T, POSITIONS, d/2) float32
+    start_ptr,  # (B,) int32
+    key_mask_ptr,  # (B, L) bool: a masked token reads as 0 and adds nothing to the gradients, whatever it holds
+    dqkv_ptr,  # (B, L, 3, H, d)
+    q_part_ptr,  # (G, CHUNKS, WIDTH) float32: sum of u * n over the chunk's rows
+    k_part_ptr,  # (G, CHUNKS, WIDTH) float32
+    TOKENS,
+    SAMPLES,
+    TABLE_GROUP,
+    CHUNKS,
+    BLOCKS,  # blocks of ROWS rows in a chunk
+    WIDTH: tl.constexpr,
+    ROWS_PER_TOKEN: tl.constexpr,
+    WIDTH_HEAD: tl.constexpr,
+    EPS: tl.constexpr,
+    ROTATED: tl.constexpr,
+    STARTED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    VALUES: tl.constexpr,  # whether dv is given; else v's part of the gradient is 0
+    KEY_MASKED: tl.constexpr,
+    ROWS: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """Grid (G * CHUNKS,): one program walks one chunk of a group's rows, q and k in turn."""
+    D: tl.constexpr = WIDTH * ROWS_PER_TOKEN
+    rows_of_group = SAMPLES * TOKENS * ROWS_PER_TOKEN
+    g = tl.program_id(0) // CHUNKS
+    start = tl.program_id(0) % CHUNKS * BLOCKS
+    first, second = pair_columns(tl.arange(0, PAIRS), WIDTH_HEAD, INTERLEAVED)
+    there = 2 * tl.arange(0, PAIRS) < WIDTH
+    cols = tl.arange(0, 2 * PAIRS)
+    for part in tl.static_range(2):
+        weight = (k_weight_ptr if part else q_weight_ptr) + g.to(tl.int64) * WIDTH
+        weight_a = tl.load(weight + first, mask=there, other=0.0).to(tl.float32)[None, :]
+        weight_b = tl.load(weight + second, mask=there, other=0.0).to(tl.float32)[None, :]
+        part_a = tl.zeros((ROWS, PAIRS), tl.float32)
+        part_b = tl.zeros((ROWS, PAIRS), tl.float32)
+        for block in range(start, start + BLOCKS):
+            r = block * ROWS + tl.arange(0, ROWS)
+            inside = r < rows_of_group
+            token = g * SAMPLES * TOKENS + r // ROWS_PER_TOKEN
+            b = token // TOKENS
+            row = token.to(tl.int64) * D + r % ROWS_PER_TOKEN * WIDTH
+            packed = row + token.to(tl.int64) * 2 * D
+            keep = inside
+            if KEY_MASKED:
+                keep = inside & (tl.load(key_mask_ptr + token, mask=inside, other=0) != 0)
+            x_a, x_b = load_pairs(qkv_ptr + part * D, packed, keep, WIDTH, WIDTH_HEAD, INTERLEAVED, PAIRS)  # [ROWS, PAIRS]
+            u_a, u_b = load_pairs(dk_ptr if part else dq_ptr, row, inside, WIDTH, WIDTH_HEAD, INTERLEAVED, PAIRS)
+            n_a, n_b, rstd = rms(x_a, x_b, WIDTH, EPS)
+            if ROTATED:
+                c, s = load_rotation(
+                    cos_ptr, sin_ptr, start_ptr, b, token % TOKENS, inside, b // TABLE_GROUP * POSITIONS,
+                    WIDTH_HEAD, STARTED, POSITIONS, PAIRS,
+                )  # fmt: skip
+                u_a, u_b = turn(u_a, u_b, c, -s)
+            part_a = tl.fma(u_a, n_a, part_a)
+            part_b = tl.fma(u_b, n_b, part_b)
+            g_a = weight_a * u_a
+            g_b = weight_b * u_b
+            mean = (tl.sum(tl.fma(g_a, n_a, g_b * n_b), 1) / WIDTH)[:, None]
+            d_a = (g_a - n_a * mean) * rstd[:, None]
+            d_b = (g_b - n_b * mean) * rstd[:, None]
+            store_pairs(dqkv_ptr + part * D, packed, inside, d_a, d_b, WIDTH, WIDTH_HEAD, INTERLEAVED, PAIRS)
+            if part == 0:
+                whole = inside[:, None] & (cols < WIDTH)[None, :]
+                if VALUES:
+                    dv = tl.load(dv_ptr + row[:, None] + cols[None, :], mask=whole, other=0.0)
+                else:
+                    dv = tl.zeros((ROWS, 2 * PAIRS), dqkv_ptr.dtype.element_ty)
+                tl.store(dqkv_ptr + 2 * D + packed[:, None] + cols[None, :], dv, mask=whole)
+        part_ptr = (k_part_ptr if part else q_part_ptr) + tl.program_id(0).to(tl.int64) * WIDTH
+        tl.store(part_ptr + first, tl.sum(part_a, 0), mask=there)
+        tl.store(part_ptr + second, tl.sum(part_b, 0), mask=there)
+
+
+def shape_meta(qkv: Spec, over: str, eps: float, cos: Spec | None, started: bool, layout: str) -> dict:
+    _, _, _, H, d = qkv.shape
+    width = H * d if over == "width" else d
+    pairs = next_power_of_2(width // 2)
+    return dict(
+        WIDTH=width,
+        ROWS_PER_TOKEN=H * d // width,
+        WIDTH_HEAD=d,
+        EPS=eps,
+        ROTATED=cos is not None,
+        STARTED=started and cos is not None,
+        INTERLEAVED=layout == "interleaved" or cos is None,
+        POSITIONS=1 if cos is None else cos.shape[-2],
+        ROWS=max(1, 1024 // pairs),  # with both halves about 2048 elements, 16 a thread
+        PAIRS=pairs,
+    )
+
+
+def warps(meta: dict) -> int:
+    return max(1, min(16, meta["ROWS"] * meta["PAIRS"] // 256))
+
+
+@cache
+def fwd_plan(qkv: Spec, weight: Spec, over: str, eps: float, cos: Spec | None, started: bool, layout: str) -> Plan:
+    B, L, _, H, d = qkv.shape
+    G, T = groups(weight, 1), 1 if cos is None else groups(cos, 2)
+    meta = shape_meta(qkv, over, eps, cos, started, layout)
+    return Plan(
+        qk_norm_rope_fwd_kernel,
+        grid=(G * cdiv(B // G * L * meta["ROWS_PER_TOKEN"], meta["ROWS"]),),
+        outs=(Spec((B, L, H, d), qkv.dtype),) * 2,
+        ints=dict(TOKENS=L, SAMPLES=B // G, TABLE_GROUP=B // T),
+        meta=meta,
+        warps=warps(meta),
+    )
+
+
+@cache
+def bwd_plan(
+    target: Target,
+    qkv: Spec,
+    weight: Spec,
+    over: str,
+    eps: float,
+    cos: Spec | None,
+    started: bool,
+    layout: str,
+    values: bool,
+    key_masked: bool,
+) -> Plan:
+    B, L, _, _, _ = qkv.shape
+    G, T = groups(weight, 1), 1 if cos is None else groups(cos, 2)
+    meta = shape_meta(qkv, over, eps, cos, started, layout)
+    blocks = cdiv(B // G * L * meta["ROWS_PER_TOKEN"], meta["ROWS"])
+    # As many programs as the GPU holds at once, so that few partial sums are left to add.
+    per_chunk = cdiv(blocks, max(1, min(blocks, 8 * target.sms // G)))
+    chunks = cdiv(blocks, max(1, per_chunk))
+    part = Spec((G, chunks, meta["WIDTH"]), "float32")
+    return Plan(
+        qk_norm_rope_bwd_kernel,
+        grid=(G * chunks,),
+        outs=(qkv, part, part),
+        ints=dict(TOKENS=L, SAMPLES=B // G, TABLE_GROUP=B // T, CHUNKS=chunks, BLOCKS=per_chunk),
+        meta=meta | dict(VALUES=values, KEY_MASKED=key_masked),
+        warps=warps(meta),
+    )
+
+
+def stream_inputs(a, i: int):
+    """Stream i's weights, table and positions; an absent one is replaced by an array that the kernel does not read."""
+    qkv, cos, sin = a.qkv[i], a.cos[i], a.sin[i]
+    start = a.start_pos if a.start_pos is not None and cos is not None else None
+    absent = a.q_weight[i]
+    inputs = (a.q_weight[i], a.k_weight[i], absent if cos is None else cos, absent if sin is None else sin)
+    key = (None if cos is None else spec(cos), start is not None)
+    return qkv, (*inputs, absent if start is None else start), key
+
+
+def norm_forward(run, a, *, over: str, eps: float, layout: str):
+    """(q, k) of every stream."""
+    pairs = []
+    for i in range(len(a.qkv)):
+        qkv, inputs, (cos, started) = stream_inputs(a, i)
+        pairs.append(run(fwd_plan(spec(qkv), spec(inputs[0]), over, eps, cos, started, layout), qkv, *inputs))
+    return tuple(zip(*pairs, strict=True))
+
+
+def norm_backward(run, a, dq, dk, dv, key_masks, *, over: str, eps: float, layout: str) -> dict:
+    """Gradients of qkv, q_weight and k_weight of every stream; dv[i] None where v has no gradient of its own."""
+    dqkv, dq_weight, dk_weight = [], [], []
+    for i in range(len(a.qkv)):
+        qkv, inputs, (cos, started) = stream_inputs(a, i)
+        values, key_mask = dv[i] is not None, key_masks[i]
+        plan = bwd_plan(run.target, spec(qkv), spec(inputs[0]), over, eps, cos, started, layout, values, key_mask is not None)
+        arrays = (qkv, dq[i], dk[i], dv[i] if values else dq[i], *inputs, dq[i] if key_mask is None else key_mask)
+        d, q_part, k_part = run(plan, *arrays)
+        dqw, dkw = run(sum_pair_plan(spec(q_part), spec(inputs[0]), spec(inputs[1])), q_part, k_part)
+        dqkv.append(d)
+        dq_weight.append(dqw)
+        dk_weight.append(dkw)
+    return dict(qkv=tuple(dqkv), q_weight=tuple(dq_weight), k_weight=tuple(dk_weight))
+
+
+def infer(a, **_):
+    outs = tuple(Spec((x.shape[0], x.shape[1], x.shape[3], x.shape[4]), spec(x).dtype) for x in a.qkv)
+    return outs + outs, ()
+
+
+def forward(run, a, **static):
+    q, k = norm_forward(run, a, **static)
+    return q + k, ()
+
+
+def backward(run, a, outs, extras, douts, **static):
+    n = len(a.qkv)
+    return norm_backward(run, a, douts[:n], douts[n:], (None,) * n, (None,) * n, **static)
+
+
+def rotate(xp, x, cos, sin, start_pos, layout: str):
+    """x (B, L, H, d) turned by the table's rows start_pos + 0, 1, ...; positions are clamped to the table."""
+    B, L, _, d = x.shape
+    at = xp.arange(L)[None] if start_pos is None else start_pos[:, None] + like(xp, xp.arange(L), start_pos)[None]
+    at = xp.clip(like(xp, at, cos), 0, cos.shape[-2] - 1)
+    if len(cos.shape) == 2:
+        c, s = (wide(t)[at][:, :, None] for t in (cos, sin))  # (1 or B, L, 1, d/2)
+    else:
+        T = cos.shape[0]
+        at = xp.broadcast_to(at, (B, L)).reshape(T, B // T * L)
+        group = like(xp, xp.arange(T), cos)[:, None]
+        c, s = (wide(t)[group, at].reshape(B, L, 1, d // 2) for t in (cos, sin))
+    if layout == "interleaved":
+        a, b = x[..., 0::2], x[..., 1::2]
+        return xp.stack([a * c - b * s, a * s + b * c], axis=-1).reshape(x.shape)
+    a, b = x[..., : d // 2], x[..., d // 2 :]
+    return xp.concatenate([a * c - b * s, a * s + b * c], axis=-1)
+
+
+def like(xp, x, y):
+    """x on y's device (torch creates on the CPU by default)."""
+    return x.to(y.device) if hasattr(x, "to") and hasattr(y, "is_cuda") else x
+
+
+def norm_reference(xp, x, weight, cos, sin, start_pos, *, over: str, eps: float, layout: str):
+    """RMSNorm and rotation of x (B, L, H, d), wide."""
+    B, L, H, d = x.shape
+    x, weight = wide(x), wide(weight)
+    x = x.reshape(B, L, 1, H * d) if over == "width" else x
+    x = x / xp.sqrt(xp.mean(x * x, axis=-1, keepdims=True) + eps)
+    if len(weight.shape) == 2:
+        G, W = weight.shape
+        weight = xp.broadcast_to(weight[:, None], (G, B // G, W)).reshape(B, 1, 1, W)
+    x = (x * weight).reshape(B, L, H, d)
+    return x if cos is None else rotate(xp, x, cos, sin, start_pos, layout)
+
+
+def reference(xp, a, **static):
+    """q of every stream, then k of every stream."""
+    outs = []
+    for part, weights in ((0, a.q_weight), (1, a.k_weight)):
+        for qkv, weight, cos, sin in zip(a.qkv, weights, a.cos, a.sin, strict=True):
+            y = norm_reference(xp, qkv[:, :, part], weight, cos, sin, a.start_pos, **static)
+            outs.append(cast(y, spec(qkv).dtype))
+    return tuple(outs)
+
+
+qk_norm_rope_op = Op(
+    "qk_norm_rope",
+    operands=("qkv", "q_weight", "k_weight", "cos", "sin", "start_pos"),
+    infer=infer,
+    forward=forward,
+    backward=backward,
+    reference=reference,
+    keeps=frozenset({"qkv", "q_weight", "k_weight", "cos", "sin", "start_pos"}),
+    constant=frozenset({"cos", "sin", "start_pos"}),
+    shared={"q_weight": 1, "k_weight": 1, "cos": 2, "sin": 2},
+)
+
+
+def per_stream(op: str, name: str, x, n: int) -> tuple:
+    """x as a tuple of n entries, one per stream; None means None for each."""
+    x = x if isinstance(x, tuple | list) else (x,) * n if x is None else (x,)
+    if len(x) != n:
+        raise ValueError(f"{op}: {name} has {len(x)} entries; expected {n}, one per stream. Give None for a stream without.")
+    return tuple(x)
+
+
+def norm_operands(op: str, qkv, q_weight, k_weight, over, eps, cos, sin, start_pos, layout):
+    """Checked operands and static arguments of the norm and rotation."""
+    streams = tuple(qkv) if isinstance(qkv, tuple | list) else (qkv,)
+    n = len(streams)
+    if n == 0:
+        raise ValueError(f"{op}: qkv is an empty tuple; expected one packed projection per stream.")
+    check.choice(op, "over", over, ("width", "head"))
+    check.choice(op, "layout", layout, ("interleaved", "half"))
+    q_weight, k_weight, cos, sin = (
+        per_stream(op, name, x, n) for name, x in (("q_weight", q_weight), ("k_weight", k_weight), ("cos", cos), ("sin", sin))
+    )
+    dtype = check.floating(op, "qkv", streams[0])
+    for i, x in enumerate(streams):
+        name = f"qkv[{i}]" if n > 1 else "qkv"
+        check.rank(
+            op,
+            name,
+            x,
+            "B, L, 3, H, d",
+            "Reshape the projection to (batch, tokens, 3, heads, head width), q, k, v in this order.",
+        )
+        B, _, _, H, d = streams[0].shape
+        want = (B, x.shape[1], 3, H, d)
+        check.shape(op, name, x, ("B, L, 3, H, d", want), remedy="All streams share the batch, the heads and the head width.")
+        check.same_dtype(op, name, x, dtype, "qkv[0]")
+        check.width(op, "the head width", d, 8, 128)
+        check.width(op, "the width, heads * head width,", H * d)
+        width = H * d if over == "width" else d
+        for w_name, w in ((f"q_weight[{i}]", q_weight[i]), (f"k_weight[{i}]", k_weight[i])):
+            check.shape(op, w_name, w, ("W", (width,)), remedy=f'over="{over}" normalises {width} elements together.')
+            check.vector_dtype(op, w_name, w, dtype, "qkv")
+        if (cos[i] is None) != (sin[i] is None):
+            raise ValueError(
+                f"{op}: only one of cos[{i}] and sin[{i}] is given; expected both or neither. Give both to rotate the stream."
+            )
+        for t_name, t in ((f"cos[{i}]", cos[i]), (f"sin[{i}]", sin[i])):
+            if t is not None:
+                check.rank(op, t_name, t, "S, d/2", "Give one row per position, one column per pair.")
+                want = (t.shape[0] if start_pos is not None else max(t.shape[0], x.shape[1]), d // 2)
+                check.shape(
+                    op, t_name, t, ("S, d/2", want), remedy="The table has a row for every position and a column for every pair."
+                )
+                check.same_dtype(op, t_name, t, "float32", "the table")
+    if start_pos is not None:
+        check.shape(op, "start_pos", start_pos, ("B", (streams[0].shape[0],)), remedy="Give one start position per sample.")
+        check.integer(op, "start_pos", start_pos)
+    operands = dict(qkv=streams, q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin, start_pos=start_pos)
+    return operands, dict(over=over, eps=check.eps(op, eps), layout=layout)
+
+
+def qk_norm_rope(
+    qkv, q_weight, k_weight, *, over, eps: float = 1.1920929e-7, cos=None, sin=None, start_pos=None, layout: str = "interleaved"
+) -> Call:
+    """q, k = RoPE(RMSNorm(q) * q_weight), RoPE(RMSNorm(k) * k_weight) for each stream of packed projections.
+
+    qkv        (B, L_s, 3, H, d) per stream, float32, bfloat16 or float16; d a multiple of 8, 8 to 128.
+    q_weight   (H * d,) per stream for over="width", (d,) for over="head"; float32 or qkv's dtype. k_weight likewise.
+    over       "width" normalises all heads together, before the head split; "head" each head by itself.
+    eps        added to the mean square; the default is what torch.nn.RMSNorm(eps=None) means.
+    cos, sin   (S, d/2) float32 per stream: row p holds the angles of position p; None for a stream that is not rotated.
+    start_pos  (B,) int32: position of each sample's first token, 0 where absent. Positions beyond the table, if they cannot
+               be seen before the launch, are clamped to it.
+    layout     pairs are elements (2i, 2i + 1) of a head ("interleaved") or (i, i + d/2) ("half").
+    returns    (q, k), each a tuple over streams of (B, L_s, H, d) in qkv's dtype, or an array where qkv is one.
+
+    A single array is one stream. float32 arithmetic, rounded once. Raises ValueError or TypeError that names the argument.
+    QK-norm: Henry et al. 2020, arXiv:2010.04245. RoPE: Su et al. 2021, arXiv:2104.09864. Mind that half-split and
+    interleaved RoPE differ only by a permutation of the head, but weights trained for one are wrong for the other.
+    """
+    operands, static = norm_operands("qk_norm_rope", qkv, q_weight, k_weight, over, eps, cos, sin, start_pos, layout)
+    n = len(operands["qkv"])
+    single = not isinstance(qkv, tuple | list)
+    result = lambda outs: (outs[0], outs[1]) if single else (tuple(outs[:n]), tuple(outs[n:]))
+    return Call(qk_norm_rope_op, operands, tuple(static.items()), result)
