@@ -27,9 +27,9 @@ from .rows import gradient_spec, load_vector, per_sample, split, tile, warps
 def normalize(x, inside, WIDTH: tl.constexpr, EPS: tl.constexpr, CENTER: tl.constexpr):
     """norm(x) and rstd of the rows of a float32 tile [ROWS, COLS]; zeros outside."""
     if CENTER:
-        mean = tl.sum(x, 1) / WIDTH
+        mean = tl.sum(x, 1) * (1.0 / WIDTH)
         x = tl.where(inside, x - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(x * x, 1) / WIDTH + EPS)  # [ROWS]
+    rstd = tl.rsqrt(tl.sum(x * x, 1) * (1.0 / WIDTH) + EPS)  # [ROWS]
     return x * rstd[:, None], rstd
 
 
@@ -119,9 +119,9 @@ def adaln_bwd_kernel(
         dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
         n, rstd = normalize(x, inside, WIDTH, EPS, CENTER)
         g = dy * gain[None, :]
-        dx = tl.fma(-n, tl.broadcast_to((tl.sum(g * n, 1) / WIDTH)[:, None], g.shape), g)
+        dx = tl.fma(-n, tl.broadcast_to((tl.sum(g * n, 1) * (1.0 / WIDTH))[:, None], g.shape), g)
         if CENTER:
-            dx -= (tl.sum(g, 1) / WIDTH)[:, None]
+            dx -= (tl.sum(g, 1) * (1.0 / WIDTH))[:, None]
         tl.store(dx_ptr + at, (dx * rstd[:, None]).to(dx_ptr.dtype.element_ty), mask=inside)
         if VECTORS:
             a = tl.fma(dy, n, a)

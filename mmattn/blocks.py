@@ -14,6 +14,7 @@ holds, NaN included, reaches no output, and no gradient comes back through it.
 
 What `ops` has besides the public operations:
     rows(v, n)                n row vectors per sample of v (B, n * D) or (B, 1, n * D), read in place
+    angles(m, n)              cos and sin of RoPE's first n positions at least
     vector(weight)            a layer's weight as an operand of an operation
     where(mask, x, 0)
     extent(start_pos)         smallest and largest value, None where they cannot be seen without a synchronisation
@@ -76,13 +77,14 @@ def attention(ops, m, x, context=None, attn_mask=None, start_pos=None, x_mask=No
         getattr(m, prefix + "to_qkv")(silent(ops, s, mask)).reshape(*s.shape[:2], 3, m.num_head, m.dim_head)
         for prefix, s, mask in zip(prefixes, streams, masks, strict=True)
     )
+    cos, sin = ops.angles(m, x.shape[1] if start_pos is None else m.max_seq_len)
     qk = dict(
         q_weight=tuple(ops.vector(getattr(m, prefix + "rms_norm_q").weight) for prefix in prefixes),
         k_weight=tuple(ops.vector(getattr(m, prefix + "rms_norm_k").weight) for prefix in prefixes),
         over="width",
         eps=RMS_NORM_EPS,
-        cos=(m.cos, None)[:n],
-        sin=(m.sin, None)[:n],
+        cos=(cos, None)[:n],
+        sin=(sin, None)[:n],
         start_pos=positions(ops, m, x, start_pos),
     )
     if m.linear:

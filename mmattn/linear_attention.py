@@ -74,9 +74,9 @@ def linear_attention_state_body(
             keep = kept(key_mask_ptrs[t], batch, token, LENGTHS[t], KEY_MASKS_[t])
             v = load_tokens(v_ptrs[t] + head * WIDTH, batch, token, LENGTHS[t], V_STRIDES_[t], cols, WIDTH, keep, False)
             k = load_tokens(k_ptrs[t] + head * WIDTH, batch, token, LENGTHS[t], K_STRIDES_[t], cols, WIDTH, keep, False)
-            k = relu(k.to(tl.float32))  # [TOKENS, COLS]
-            state = tl.dot(tl.trans(k.to(v.dtype)), v, state, input_precision=PRECISION)
-            norm += tl.sum(k, 0)
+            k = relu(k).to(k.dtype)  # [TOKENS, COLS]
+            state = tl.dot(tl.trans(k), v.to(k.dtype), state, input_precision=PRECISION)  # k is as wide as v, or wider
+            norm += tl.sum(k.to(tl.float32), 0)
     store_state(state_ptr, norm_ptr, tl.program_id(0).to(tl.int64), state, norm, WIDTH, COLS)
 
 
@@ -237,11 +237,11 @@ def linear_attention_bwd_body(
 
 @cache
 def plan(
-    body, lengths: tuple[int, ...], heads: int, per_block: bool, outs: tuple[Spec, ...], constants: tuple, d: int, ieee: bool
+    body, lengths: tuple[int, ...], heads: int, per_block: bool, outs: tuple[Spec, ...], constants: tuple, d: int, narrow: bool
 ) -> Plan:
     """One program per head, or one per head and block of tokens."""
     cols = max(16, next_power_of_2(d))
-    tokens = 16 if ieee and cols > 32 else 64 if cols <= 64 else 32
+    tokens = 16 if narrow and cols > 32 else 64 if cols <= 64 else 32
     return Plan(
         over_streams(body, len(lengths)),
         grid=(heads * (sum(cdiv(L, tokens) for L in lengths) if per_block else 1),),
@@ -258,9 +258,9 @@ class Launches:
     def __init__(self, a, eps: float, precision: str):
         self.a, self.n = a, len(a.q)
         self.B, _, self.H, self.d = a.q[0].shape
-        low = spec(a.v[0]).dtype != "float32"
-        # The state is float32; where the tokens are 16 bits wide, tf32 holds them exactly and rounds the state to 11 bits.
-        self.precision = "tf32" if low else precision
+        # The state is float32. Its 11 bits in tf32 do for bfloat16's 8; float16 has 11 itself, and takes three tf32 products.
+        low = {spec(a.q[0]).dtype, spec(a.k[0]).dtype}
+        self.precision = precision if "float32" in low else "tf32" if low == {"bfloat16"} else "tf32x3"
         self.eps = eps
 
     def plan(self, body, outs, *, strides: str, per_block: bool, eps: bool = True) -> Plan:
@@ -269,8 +269,8 @@ class Launches:
             constants |= {f"{x}_STRIDE{i}": row_stride(getattr(self.a, x.lower())[i], 2) for x in strides}
             constants[f"KEY_MASK{i}"] = self.a.key_masks[i] is not None
         lengths = tuple(q.shape[1] for q in self.a.q)
-        ieee = self.precision == "ieee"
-        return plan(body, lengths, self.B * self.H, per_block, tuple(outs), tuple(constants.items()), self.d, ieee)
+        narrow = self.precision != "tf32"
+        return plan(body, lengths, self.B * self.H, per_block, tuple(outs), tuple(constants.items()), self.d, narrow)
 
     def state_specs(self) -> tuple[Spec, Spec]:
         return Spec((self.B, self.H, self.d, self.d), "float32"), Spec((self.B, self.H, self.d), "float32")

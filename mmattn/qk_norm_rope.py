@@ -89,7 +89,7 @@ def load_rotation(
 @triton.jit
 def rms(a, b, WIDTH: tl.constexpr, EPS: tl.constexpr):
     """Normalised pairs and rstd [ROWS]."""
-    rstd = tl.rsqrt(tl.sum(tl.fma(a, a, b * b), 1) / WIDTH + EPS)
+    rstd = tl.rsqrt(tl.sum(tl.fma(a, a, b * b), 1) * (1.0 / WIDTH) + EPS)
     return a * rstd[:, None], b * rstd[:, None], rstd
 
 
@@ -221,7 +221,7 @@ def qk_norm_rope_bwd_kernel(
             part_b = tl.fma(u_b, n_b, part_b)
             g_a = weight_a * u_a
             g_b = weight_b * u_b
-            mean = (tl.sum(tl.fma(g_a, n_a, g_b * n_b), 1) / WIDTH)[:, None]
+            mean = (tl.sum(tl.fma(g_a, n_a, g_b * n_b), 1) * (1.0 / WIDTH))[:, None]
             d_a = (g_a - n_a * mean) * rstd[:, None]
             d_b = (g_b - n_b * mean) * rstd[:, None]
             store_pairs(dqkv_ptr + part * D, packed, inside, d_a, d_b, WIDTH, WIDTH_HEAD, INTERLEAVED, PAIRS)

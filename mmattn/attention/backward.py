@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from .._triton import tl, triton
 from .forward import LN2
-from .tokens import allowed, kept, load_tokens, stream_of
+from .tokens import allowed, exp2, kept, load_tokens, stream_of
 
 
 @triton.jit
 def attention_delta_body(
     o_ptrs,  # (B, L_s, H, d)
     do_ptrs,  # (B, L_s, H, d)
-    lse_ptrs,  # (B, H, L_s) float32
+    lse_ptrs,  # (B, H, L_s) float32, base 2
     dlse_ptrs,  # (B, H, L_s) float32
     delta_ptrs,  # (B, H, L_s) float32
     LENGTHS,
@@ -49,11 +49,11 @@ def attention_delta_body(
 
 @triton.jit
 def load_row_statistics(lse_ptr, delta_ptr, at, query, length):
-    """lse in base 2 and delta of some queries; an empty row's lse is +inf, so that its P is 0."""
+    """lse and delta of some queries; an empty row's lse reads as +inf, so that its P is 0."""
     inside = query < length
     lse = tl.load(lse_ptr + at + query, mask=inside, other=float("-inf"))
     delta = tl.load(delta_ptr + at + query, mask=inside, other=0.0)
-    return tl.where(lse == float("-inf"), float("inf"), lse * (1.0 / LN2)), delta
+    return tl.where(lse == float("-inf"), float("inf"), lse), delta
 
 
 @triton.jit
@@ -72,7 +72,7 @@ def gather_queries(
     do = load_tokens(do_ptr, batch, query, length, do_stride, cols, WIDTH, keep, whole)
     lse, delta = load_row_statistics(lse_ptr, delta_ptr, statistics, query, length)  # [QUERIES]
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * SCALE  # [KEYS, QUERIES]
-    p = tl.exp2(s - lse[None, :])
+    p = exp2(s - lse[None, :], v.dtype == tl.float32 and PRECISION == "ieee")
     if CAUSAL or MASKED:
         valid = allowed(mask_ptr, rows_ptr, cols_ptr, batch, i, t, query[None, :], key[:, None], first_length, CAUSAL, MASKED)
         p = tl.where(valid, p, 0.0)
@@ -93,7 +93,7 @@ def joint_attention_bwd_dkdv_body(
     rows_ptr,
     cols_ptr,
     do_ptrs,  # (B, L_s, H, d)
-    lse_ptrs,  # (B, H, L_s) float32
+    lse_ptrs,  # (B, H, L_s) float32, base 2
     delta_ptrs,  # (B, H, L_s) float32
     dk_ptrs,  # (B, L_s, H, d)
     dv_ptrs,  # (B, L_s, H, d)
@@ -178,7 +178,7 @@ def gather_keys(
     v = load_tokens(v_ptr, batch, key, length, v_stride, cols, WIDTH, keep, whole)  # [KEYS, COLS]
     k = load_tokens(k_ptr, batch, key, length, k_stride, cols, WIDTH, keep, whole).to(v.dtype)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * SCALE  # [QUERIES, KEYS]
-    p = tl.exp2(s - lse[:, None])
+    p = exp2(s - lse[:, None], v.dtype == tl.float32 and PRECISION == "ieee")
     if not whole:
         p = tl.where(keep[None, :], p, 0.0)
     if CAUSAL or MASKED:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from .._triton import tl, triton
-from .tokens import allowed, kept, load_tokens, stream_of
+from .tokens import allowed, exp2, kept, load_tokens, stream_of
 
 LN2: tl.constexpr = tl.constexpr(math.log(2))
 
@@ -17,7 +17,12 @@ def attend(
     SCALE: tl.constexpr, WIDTH: tl.constexpr, KEY_MASKED: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr, KEYS: tl.constexpr, COLS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys in the online softmax: output [QUERIES, COLS], row sum and running maximum [QUERIES]."""
+    """One block of keys in the online softmax: output [QUERIES, COLS], row sum [QUERIES, 16] and running maximum [QUERIES].
+
+    The tensor cores sum the rows, as a product with ones, all columns of which are equal. Besides being cheaper this fixes
+    the order of the sum: a reduction follows the layout of the tile, which the compiler chooses by what it knows of lengths.
+    """
+    exact: tl.constexpr = v_ptr.dtype.element_ty == tl.float32 and PRECISION == "ieee"
     key = start + tl.arange(0, KEYS)
     cols = tl.arange(0, COLS)
     whole: tl.constexpr = not (TAIL or KEY_MASKED)
@@ -34,10 +39,10 @@ def attend(
     shift = new_top
     if CAUSAL or MASKED or KEY_MASKED:  # a row may have seen no key yet
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-    p = tl.exp2(s - shift[:, None])
-    decay = tl.exp2(top - shift)
-    total = tl.fma(total, decay, tl.sum(p, 1))
-    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+    p = exp2(s - shift[:, None], exact).to(v.dtype)
+    decay = exp2(top - shift, exact)[:, None]
+    total = tl.dot(p, tl.full((KEYS, 16), 1.0, v.dtype), total * decay, input_precision=PRECISION)
+    acc = tl.dot(p, v, acc * decay, input_precision=PRECISION)
     return acc, total, new_top
 
 
@@ -51,7 +56,8 @@ def joint_attention_fwd_body(
     rows_ptr,  # (B, L_0) bool: any of the mask's row
     cols_ptr,  # (B, L_0) bool: any of the mask's column
     o_ptrs,  # (B, L_s, H, d)
-    lse_ptrs,  # (B, H, L_s) float32
+    lse_ptrs,  # (B, H, L_s) float32, base 2
+    log_ptrs,  # (B, H, L_s) float32, base e
     LENGTHS,
     Q_STRIDES_,
     K_STRIDES_,
@@ -64,6 +70,7 @@ def joint_attention_fwd_body(
     CAUSAL,
     MASKED,
     PRECISION,
+    LOGS,  # whether log_ptrs are wanted
     QUERIES,
     KEYS,
     COLS,
@@ -89,7 +96,7 @@ def joint_attention_fwd_body(
     q = load_tokens(q_ptr + head * WIDTH, batch, query, length, q_stride, cols, WIDTH, keep, False)  # [QUERIES, COLS]
     q = q.to(v_ptrs[0].dtype.element_ty)
     acc = tl.zeros((QUERIES, COLS), tl.float32)
-    total = tl.zeros((QUERIES,), tl.float32)
+    total = tl.zeros((QUERIES, 16), tl.float32)
     top = tl.full((QUERIES,), float("-inf"), tl.float32)
     for t in tl.static_range(len(k_ptrs)):
         k_ptr = k_ptrs[t] + head * WIDTH
@@ -110,10 +117,15 @@ def joint_attention_fwd_body(
                 LENGTHS[t], LENGTHS[0], K_STRIDES_[t], V_STRIDES_[t],
                 SCALE, WIDTH, KEY_MASKS_[t], CAUSAL, MASKED, PRECISION, KEYS, COLS, TAIL=True,
             )  # fmt: skip
+    total = tl.max(total, 1)
     seen = keep & (total > 0)
     o = acc / tl.where(seen, total, 1.0)[:, None]
     o = tl.where(seen[:, None], o, 0.0)
-    lse = tl.where(seen, (top + tl.log2(tl.where(seen, total, 1.0))) * LN2, float("-inf"))
+    lse = tl.where(seen, top + tl.log2(tl.where(seen, total, 1.0)), float("-inf"))
     at = (batch * length + query)[:, None] * (HEADS * WIDTH) + head * WIDTH + cols[None, :]
     tl.store(o_ptr + at, o.to(o_ptr.dtype.element_ty), mask=(query < length)[:, None] & (cols < WIDTH)[None, :])
-    tl.store(lse_ptr + (batch * HEADS + head) * length + query, lse, mask=query < length)
+    at = (batch * HEADS + head) * length + query
+    tl.store(lse_ptr + at, lse, mask=query < length)
+    if LOGS:
+        _, log_ptr, _, _, _ = stream_of(block, log_ptrs, LENGTHS, Q_STRIDES_, QUERIES)
+        tl.store(log_ptr + at, lse * LN2, mask=query < length)

@@ -29,24 +29,22 @@ def fused_infer(a, *, return_lse, **_):
     qk = qk_specs(a)
     b, _ = on_packed(a, qk, qk)
     lse = lse_specs(b)
-    return (o_specs(b) + lse, qk + qk + any_specs(b)) if return_lse else (o_specs(b), qk + qk + lse + any_specs(b))
+    return o_specs(b) + (lse if return_lse else ()), qk + qk + lse + any_specs(b)
 
 
-def fused_forward(run, a, *, return_lse, **static):
+def fused_forward(run, a, **static):
     norm, attention = parts(static)
     q, k = norm_forward(run, a, **norm)
     b, v_at = on_packed(a, tuple(q), tuple(k))
-    o, lse, anys = attention_forward(run, b, **attention, **v_at)
-    return (o + lse, b.q + b.k + anys) if return_lse else (o, b.q + b.k + lse + anys)
+    outs, residuals = attention_forward(run, b, **attention, **v_at)
+    return outs, b.q + b.k + residuals
 
 
 def fused_backward(run, a, outs, extras, douts, *, return_lse, **static):
     n = len(a.qkv)
     norm, attention = parts(static)
     b, v_at = on_packed(a, tuple(extras[:n]), tuple(extras[n : 2 * n]))
-    rest = extras[2 * n :]
-    lse, anys = (outs[n:], rest) if return_lse else (rest[:n], rest[n:])
-    dq, dk, dv = attention_backward(run, b, outs[:n], lse, anys, douts[:n], douts[n:], **attention, **v_at)
+    dq, dk, dv = attention_backward(run, b, outs, extras[2 * n :], douts, **attention, **v_at)
     return norm_backward(run, a, dq, dk, dv, a.key_masks, **norm)
 
 

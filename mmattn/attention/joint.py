@@ -11,19 +11,12 @@ from .plans import any_specs, attention_backward, attention_forward, lse_specs, 
 
 
 def infer(a, *, return_lse, **_):
-    lse, anys = lse_specs(a), any_specs(a)
-    return (o_specs(a) + lse, anys) if return_lse else (o_specs(a), lse + anys)
-
-
-def forward(run, a, *, return_lse, **static):
-    o, lse, anys = attention_forward(run, a, **static)
-    return (o + lse, anys) if return_lse else (o, lse + anys)
+    lse = lse_specs(a)
+    return o_specs(a) + (lse if return_lse else ()), lse + any_specs(a)
 
 
 def backward(run, a, outs, extras, douts, *, return_lse, **static):
-    n = len(a.q)
-    o, lse, anys = outs[:n], *((outs[n:], extras) if return_lse else (extras[:n], extras[n:]))
-    dq, dk, dv = attention_backward(run, a, o, lse, anys, douts[:n], douts[n:], **static)
+    dq, dk, dv = attention_backward(run, a, outs, extras, douts, **static)
     return dict(q=dq, k=dk, v=dv)
 
 
@@ -94,7 +87,7 @@ joint_attention_op = Op(
     "joint_attention",
     operands=("q", "k", "v", "attn_mask", "key_masks"),
     infer=infer,
-    forward=forward,
+    forward=attention_forward,
     backward=backward,
     reference=reference,
     keeps=frozenset({"q", "k", "v", "attn_mask", "key_masks"}),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from functools import cache
 
-from ..op import Plan, Spec, cdiv, next_power_of_2, row_stride, spec
+from ..op import UNUSED, Plan, Spec, cdiv, next_power_of_2, row_stride, spec
 from ..streams import over_streams
 from .backward import attention_delta_body, joint_attention_bwd_dkdv_body, joint_attention_bwd_dq_body
 from .forward import joint_attention_fwd_body
@@ -35,7 +35,7 @@ def tiles(kind: str, d: int, dtype: str, masked: bool, precision: str) -> tuple[
     return dict(QUERIES=64, KEYS=64, COLS=cols), 8 if cols > 64 else 4, 2 if dtype != "float32" else 1
 
 
-def meta(a, kind: str, *, causal: bool, scale: float, precision: str, v_at: int = 0) -> tuple[dict, int, int]:
+def meta(a, kind: str, *, causal: bool, scale: float, precision: str, v_at: int = 0, **more) -> tuple[dict, int, int]:
     n = len(a.q)
     masked = a.attn_mask is not None or causal or any(m is not None for m in a.key_masks)
     tile, warps, stages = tiles(kind, a.q[0].shape[3], spec(a.v[0]).dtype, masked, precision)
@@ -54,7 +54,7 @@ def meta(a, kind: str, *, causal: bool, scale: float, precision: str, v_at: int 
             f"V_STRIDE{i}": row_stride(a.v[i], 3 if len(a.v[i].shape) == 5 else 2),
             f"KEY_MASK{i}": a.key_masks[i] is not None,
         }
-    return constants | tile, warps, stages
+    return constants | more | tile, warps, stages
 
 
 @cache
@@ -133,21 +133,24 @@ def any_specs(a) -> tuple[Spec, ...]:
     return (Spec(tuple(a.attn_mask.shape[:2]), "bool"),) * 2 if augmented else ()
 
 
-def attention_forward(run, a, **static):
-    """Outputs, log-sum-exps and the mask's any() vectors."""
+def attention_forward(run, a, *, return_lse: bool, **static):
+    """Outputs, followed by the log-sum-exps where they are wanted, and residuals: those in base 2, the mask's any() vectors."""
     B, _, H, _ = a.q[0].shape
     anys = tuple(run(any_plan(spec(a.attn_mask)), a.attn_mask)) if any_specs(a) else ()
-    constants, warps, stages = meta(a, "fwd", **static)
-    outs = o_specs(a) + lse_specs(a)
+    n = len(a.q)
+    constants, warps, stages = meta(a, "fwd", LOGS=return_lse, **static)
+    outs = o_specs(a) + lse_specs(a) + (lse_specs(a) if return_lse else (UNUSED,) * n)
     p = plan(joint_attention_fwd_body, lengths(a), B * H, constants["QUERIES"], outs, tuple(constants.items()), warps, stages)
     results = tuple(run(p, *a.q, *a.k, *a.v, *mask_inputs(a, anys)))
-    return results[: len(a.q)], results[len(a.q) :], anys
+    o, lse, log = results[:n], results[n : 2 * n], results[2 * n :]
+    return (o + log if return_lse else o), lse + anys
 
 
-def attention_backward(run, a, o, lse, anys, do, dlse, **static):
-    """dq, dk, dv of every stream; dlse () where lse is no output."""
+def attention_backward(run, a, outs, residuals, douts, **static):
+    """dq, dk, dv of every stream, from what attention_forward returned."""
     B, _, H, d = a.q[0].shape
     n = len(a.q)
+    o, do, dlse, lse, anys = outs[:n], douts[:n], douts[n:], residuals[:n], residuals[n:]
     delta = tuple(run(delta_plan(lse_specs(a), d, bool(dlse)), *o, *do, *lse, *(dlse or lse)))
     inputs = (*a.q, *a.k, *a.v, *mask_inputs(a, anys), *do, *lse, *delta)
     constants, warps, stages = meta(a, "dkdv", **static)

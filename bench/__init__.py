@@ -1,0 +1,15 @@
+"""Benchmarks on an NVIDIA GPU: `python -m bench run`, `python -m bench plot`.
+
+What is timed
+    fwd      the forward as training runs it, with what it saves for the backward
+    bwd      the gradients of a saved forward for given cotangents, alone
+    fwdbwd   both, without an optimiser
+Times are device times: of CUDA graph replays in torch, of calls chained inside one jit in JAX (see timing.py). All ratios
+come from one run on one GPU. A row says how many input sets its calls rotate over; by default they exceed the L2 cache.
+"""
+
+import os
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory too
+# The calls of a chain are ordered by optimization barriers, which a CUDA graph of XLA's might not respect on its own.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_command_buffer_scheduling_mode=SERIALIZE"

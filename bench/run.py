@@ -1,0 +1,292 @@
+"""`python -m bench run`: measures, writes a row as soon as it is measured, prints a table for each op, shape and mode."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from torch._functorch import config as functorch_config
+
+import mmattn_jax
+import mmattn_torch
+
+from . import shapes, timing
+from .providers import PROVIDERS, Count, Problem, Work, as_torch, count, exact, problem, sampled
+
+RESULTS = Path(__file__).parent / "results"
+FLOPS = dict(fwd=4.0, bwd=10.0, fwdbwd=14.0)  # per score and element of a head; a backward counts 2.5 forwards
+COPY = "copy"  # moves the bytes that the op has to move, as a provider of its own
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def git_commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
+def machine(commit: str | None) -> dict:
+    """What every row says about where it comes from."""
+    packages = {name.replace("-", "_"): installed(name) for name in ("torch", "triton", "jax", "jaxlib", "jax-triton")}
+    return dict(
+        gpu=torch.cuda.get_device_name(),
+        driver=timing.query("driver_version"),
+        **packages,
+        cudnn=torch.backends.cudnn.version(),
+        commit=commit or git_commit(),
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+
+
+# One provider at one mode
+
+
+def torch_calls(work: Work, mode: str) -> list[Callable]:
+    def call(arrays, douts):
+        if mode == "fwd":
+            return partial(work.fn, *arrays)
+        if mode == "bwd":
+            return partial(torch.autograd.grad, work.fn(*arrays), arrays, douts, retain_graph=True)
+        return lambda: torch.autograd.grad(work.fn(*arrays), arrays, douts)
+
+    with torch.cuda.stream(timing.stream()):
+        return [call(*s) for s in work.sets]
+
+
+def jax_function(work: Work, mode: str) -> tuple[Callable, list[tuple]]:
+    """What a chain calls, and the argument sets it rotates over."""
+    import jax
+
+    if mode == "fwd":
+        return work.fn, [s.arrays for s in work.sets]
+    if mode == "bwd":
+        forward = jax.jit(lambda *arrays: jax.vjp(work.fn, *arrays)[1])
+        return lambda pullback, douts: pullback(douts), [(forward(*s.arrays), s.douts) for s in work.sets]
+    return lambda arrays, douts: jax.vjp(work.fn, *arrays)[1](douts), [(s.arrays, s.douts) for s in work.sets]
+
+
+class Measured(dict):
+    """p20_us, p50_us, p80_us, error, host_us, kernels_us."""
+
+
+def measure(p: Problem, provider: str, work: Work, mode: str, exact_results, profile: bool) -> Measured:
+    kernels = host = None
+    if work.framework == "torch":
+        calls = torch_calls(work, mode)
+        with torch.cuda.stream(timing.stream()):
+            results = calls[0]()
+            error = relative_error(p, mode, work, results, exact_results)
+        times = (timing.graph if work.graph else timing.eager)(calls)
+        if provider == "ours-torch" and work.graph:
+            host = timing.host(calls[0])
+    else:
+        import jax
+
+        fn, sets = jax_function(work, mode)
+        error = relative_error(p, mode, work, jax.block_until_ready(jax.jit(fn)(*sets[0])), exact_results)
+        if work.graph:
+            times, kernels = timing.chain(fn, sets, profile)
+        else:
+            times = timing.jitted(fn, sets)
+    p20, p50, p80 = timing.quantiles(times)
+    return Measured(p20_us=p20, p50_us=p50, p80_us=p80, error=error, host_us=host, kernels_us=kernels)
+
+
+def relative_error(p: Problem, mode: str, work: Work, results, exact_results) -> float | None:
+    """Largest ||x - float64|| / ||float64|| of the outputs or gradients of the first input set."""
+    if exact_results is None:
+        return None
+    pairs = zip(sampled(p, mode, as_torch(work.common(results))), exact_results, strict=True)
+    return max(((x.double() - y).norm() / y.norm()).item() for x, y in pairs)
+
+
+def rates(p: Problem, mode: str, us: float, counted: Count | None, top: dict) -> dict:
+    """Bytes or scores per second, and the roof over them on this GPU."""
+    if p.op in shapes.GROUPS["norms"]:
+        return dict(tb_s=counted.least / us / 1e6, roof=top["copy_tb_s"])
+    if p.scores is None:
+        return {}
+    scores_s, d = p.scores / us * 1e6, p.shape.width
+    # a fused backward needs every exponential once, as the forward does
+    passes = dict(fwd=("fwd",), bwd=("bwd",), fwdbwd=("fwd", "bwd"))[mode]
+    seconds = sum(max(1 / top["exp2_s"], FLOPS[half] * d / top["matmul_tflop_s"] / 1e12) for half in passes)
+    return dict(scores_s=scores_s, tflop_s=FLOPS[mode] * d * scores_s / 1e12, roof=1 / seconds)
+
+
+# Tables
+
+
+def peer(row: dict) -> bool:
+    return not row["provider"].startswith("ours") and row["provider"] != COPY
+
+
+def summary(rows: list[dict], top: dict) -> dict:
+    """Each provider's time against the best peer's, and its bandwidth against a large copy's."""
+    best = min(filter(peer, rows), key=lambda row: row["p50_us"], default=None)
+    return dict(
+        best_peer=best and best["provider"],
+        best_peer_us=best and best["p50_us"],
+        times_best_peer={row["provider"]: best["p50_us"] / row["p50_us"] for row in rows} if best else {},
+        of_copy={row["provider"]: row["tb_s"] / top["copy_tb_s"] for row in rows if "tb_s" in row},
+    )
+
+
+def table(rows: list[dict], ratios: dict) -> str:
+    columns = {
+        "provider": lambda r: r["provider"],
+        "p50 us": lambda r: f"{r['p50_us']:.1f}",
+        "p20 - p80": lambda r: f"{r['p20_us']:.1f} - {r['p80_us']:.1f}",
+        "TB/s": lambda r: f"{r['tb_s']:.2f}" if "tb_s" in r else "",
+        "of copy": lambda r: f"{ratios['of_copy'][r['provider']]:.2f}" if r["provider"] in ratios["of_copy"] else "",
+        "Tscores/s": lambda r: f"{r['scores_s'] / 1e12:.2f}" if "scores_s" in r else "",
+        "TFLOP/s": lambda r: f"{r['tflop_s']:.0f}" if "tflop_s" in r else "",
+        "of roof": lambda r: f"{r['scores_s'] / r['roof']:.2f}" if "scores_s" in r else "",
+        "x best peer": lambda r: f"{ratios['times_best_peer'][r['provider']]:.2f}" if ratios["times_best_peer"] else "",
+        "error": lambda r: f"{r['error']:.1e}" if r["error"] is not None else "",
+        "host us": lambda r: f"{r['host_us']:.1f}" if r["host_us"] is not None else "",
+        "kernels us": lambda r: f"{r['kernels_us']:.1f}" if r["kernels_us"] is not None else "",
+    }
+    lines = [[name, *map(cell, rows)] for name, cell in columns.items()]
+    lines = [column for column in lines if any(column[1:])]
+    widths = [max(map(len, column)) for column in lines]
+    left = lambda text, width, i: text.ljust(width) if i == 0 else text.rjust(width)
+    return "\n".join(
+        "  " + "  ".join(left(column[n], w, i) for i, (column, w) in enumerate(zip(lines, widths, strict=True)))
+        for n in range(len(rows) + 1)
+    )
+
+
+# The run
+
+
+def reason(error: Exception) -> str:
+    text = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {text}"[:200]
+
+
+class Session:
+    """Where rows go, what they all say, and how much time is left."""
+
+    def __init__(self, out: Path, budget: float | None, about: dict):
+        self.about, self.deadline = about, None if budget is None else time.monotonic() + budget
+        out.parent.mkdir(parents=True, exist_ok=True)
+        self.file = out.open("a")
+
+    def write(self, kind: str, **row) -> dict:
+        row = dict(kind=kind, **row)
+        self.file.write(json.dumps(row | self.about) + "\n")
+        self.file.flush()
+        return row
+
+    @property
+    def over(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+
+def run_problem(session: Session, p: Problem, modes: Iterable[str], providers: list[str], top: dict, profile: bool) -> None:
+    where = f"{p.op} {p.name}"
+    dtype = str(p.dtype).removeprefix("torch.")
+    modes = [mode for mode in p.modes if mode in modes]
+    about = dict(op=p.op, shape=p.name, sizes=shapes.text(p.shape), dtype=dtype, sets=len(p.sets))
+    counts = {} if p.op == "model" else count(p)
+    results = {mode: exact(p, mode) if mode in ("fwd", "bwd") and (p.op, mode) != ("model", "bwd") else None for mode in modes}
+    torch.cuda.synchronize()
+    rows = {mode: [] for mode in modes}
+
+    def note(provider: str, mode: str, measured: dict):
+        counted = counts.get(mode)
+        ours = dict(launches=counted.launches, plan_bytes=counted.bytes) if counted and provider.startswith("ours") else {}
+        rated = rates(p, mode, measured["p50_us"], counted, top)
+        rows[mode].append(session.write("time", **about, mode=mode, provider=provider, **measured, **rated, **ours))
+
+    for name in providers:
+        if session.over:
+            print(f"{where}: budget spent, {name} and those after it not reached", flush=True)
+            break
+        work, mode = None, "build"
+        try:
+            work = PROVIDERS[p.op][name](p)
+            for mode in modes:
+                note(name, mode, measure(p, name, work, mode, results[mode], profile))
+        except Exception as error:  # a provider that cannot take the problem must not end the run
+            print(f"{where}: {name} skipped at {mode}: {reason(error)}", flush=True)
+        del work
+        gc.collect()
+        torch.cuda.empty_cache()
+    if p.op in shapes.GROUPS["norms"] and not session.over:
+        for mode in modes:
+            p20, p50, p80 = timing.quantiles(timing.copy_time(counts[mode].least, len(p.sets)))
+            note(COPY, mode, Measured(p20_us=p20, p50_us=p50, p80_us=p80, error=None, host_us=None, kernels_us=None))
+    for mode in modes:
+        if rows[mode]:
+            ratios = session.write("summary", **about, mode=mode, **summary(rows[mode], top))
+            ours = f"; ours: {counts[mode].launches} launches, {counts[mode].bytes / 1e6:.1f} MB" if mode in counts else ""
+            print(f"\n{where} ({about['sizes']}) {dtype} {mode}, {len(p.sets)} input sets{ours}")
+            print(table(rows[mode], ratios), flush=True)
+
+
+def clear() -> None:
+    """Nothing of one problem may stay for the next, compiled code for other shapes least of all."""
+    gc.collect()
+    torch._dynamo.reset()
+    torch.cuda.empty_cache()
+    sys.modules["jax"].clear_caches()
+
+
+def run(
+    what: str,
+    shape_names: list[str] | None,
+    provider_names: list[str] | None,
+    dtype: str,
+    mode: str,
+    out: Path | None,
+    budget: float | None,
+    hot: bool,
+    profile: bool,
+    commit: str | None,
+) -> None:
+    if not torch.cuda.is_available():
+        raise SystemExit("bench run: torch sees no GPU; the benchmark needs an NVIDIA GPU.")
+    mmattn_torch.implementation("triton")  # never a silent fall back
+    mmattn_jax.implementation("triton")
+    functorch_config.donated_buffer = False  # a saved forward is differentiated many times
+    ops = shapes.GROUPS.get(what, (what,))
+    cases = [(op, name) for op in ops for name in shape_names or shapes.OPS[op] if name in shapes.OPS[op]]
+    modes = dict(fwd=("fwd",), bwd=("bwd", "fwdbwd"), both=("fwd", "bwd", "fwdbwd"))[mode]
+    about = machine(commit)
+    slug = about["gpu"].removeprefix("NVIDIA ").replace(" ", "-").lower()
+    out = out or RESULTS / f"{slug}-{what}.jsonl"
+    session = Session(out, budget, about)
+    top = timing.ceilings()
+    session.write("machine", **top)
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    print(
+        f"copy {top['copy_tb_s']:.2f} TB/s, matmul {top['matmul_tflop_s']:.0f} TFLOP/s, exp2 {top['exp2_s'] / 1e12:.2f}e12/s, "
+        f"empty kernel {top['one_launch_us']:.2f} us, two {top['two_launches_us']:.2f} us",
+        flush=True,
+    )
+    for i, (op, name) in enumerate(cases):
+        if session.over:
+            print("budget spent, not reached: " + ", ".join(" ".join(case) for case in cases[i:]))
+            break
+        providers = [provider for provider in PROVIDERS[op] if provider_names is None or provider in provider_names]
+        try:
+            run_problem(session, problem(op, name, getattr(torch, dtype), hot), modes, providers, top, profile)
+        except Exception as error:  # out of memory for one shape must not end the run
+            print(f"{op} {name} skipped: {reason(error)}", flush=True)
+        clear()
+    print(f"\nrows are in {out}")

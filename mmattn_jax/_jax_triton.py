@@ -1,0 +1,83 @@
+"""One way to call jax-triton 0.3.1 and 0.4.x: `call(plan, arrays, arch)` traces one launch.
+
+jax_triton is imported when the first kernel is lowered for a GPU: elsewhere neither it nor the CUDA plugin is needed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+from functools import cache
+from types import FunctionType, ModuleType
+
+import jax
+import jax.numpy as jnp
+
+from mmattn.op import Plan
+
+EXPORT_CHECKS = tuple(
+    jax.export.DisabledSafetyCheck.custom_call(name) for name in ("triton_kernel_call", "triton_kernel_call_ffi")
+)
+"""Pass as `disabled_checks` to `jax.export.export` to export a function with kernels for CUDA."""
+
+
+def installed() -> bool:
+    return importlib.util.find_spec("jax_triton") is not None
+
+
+@cache
+def module() -> ModuleType:
+    """jax_triton, without what its import leaves behind."""
+    # 0.3.1 sets TRITON_CACHE_DIR to "", after which torch's launches in this process fail; 0.4 deletes the user's directory.
+    directory = os.environ.get("TRITON_CACHE_DIR")
+    try:
+        import jax_triton
+        from jax_triton import triton_lib
+    finally:
+        os.environ.pop("TRITON_CACHE_DIR", None)
+        if directory is not None:
+            os.environ["TRITON_CACHE_DIR"] = directory
+    if hasattr(triton_lib, "cb"):
+        # 0.4 needs a name that triton 3.6 lacks, for TMA alone, and without it replaces the whole CUDA backend by a stub.
+        import triton.backends.nvidia.compiler as cuda
+
+        triton_lib.cb = cuda
+    return jax_triton
+
+
+@cache
+def static_variant(kernel):
+    """The kernel with all but its pointers constexpr.
+
+    JAX's sizes are static, and jax-triton never tells Triton that an integer is divisible by 16, so a runtime integer in
+    an address would cost the vectorised loads.
+    """
+    import triton
+    import triton.language as tl
+
+    fn = kernel.fn
+    variant = FunctionType(fn.__code__, fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
+    variant.__annotations__ = {name: tl.constexpr for name in kernel.arg_names if not name.endswith("_ptr")}
+    variant.__module__, variant.__qualname__ = fn.__module__, fn.__qualname__
+    return triton.jit(variant)
+
+
+def call(plan: Plan, arrays, arch: int) -> tuple[jax.Array, ...]:
+    triton_call = module().triton_call
+    outs = tuple(jax.ShapeDtypeStruct(out.shape, jnp.dtype(out.dtype)) for out in plan.outs)
+    if "out_type" in inspect.signature(triton_call).parameters:
+        version = dict(out_type=outs, backend_options=dict(enable_fp_fusion=False))
+    else:
+        version = dict(out_shape=outs, enable_fp_fusion=False)
+    return triton_call(
+        *arrays,
+        kernel=static_variant(plan.kernel),
+        grid=plan.grid,
+        num_warps=plan.warps,
+        num_stages=plan.stages,
+        compute_capability=arch,
+        **version,
+        **plan.ints,
+        **plan.meta,
+    )

@@ -1,0 +1,201 @@
+"""The operations of mmattn on JAX arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+import jax
+import numpy as np
+from jax.typing import ArrayLike
+
+import mmattn
+from mmattn import Row
+from mmattn.choice import Explanation, decide
+from mmattn.op import Call, flatten
+
+from . import _bind
+from ._choice import Implementation, current
+
+F = TypeVar("F", bound=Callable)
+Vector = ArrayLike | Row
+Streams = ArrayLike | tuple[ArrayLike, ...]
+OptionalStreams = ArrayLike | tuple[ArrayLike | None, ...] | None
+ArrayStreams = jax.Array | tuple[jax.Array, ...]
+
+OPS: dict[str, Callable] = {}
+"""The public ops of this module by name."""
+
+
+def op(function: F) -> F:
+    """Register a public op; its text is that of mmattn's function of this name, which checks the arguments."""
+    OPS[function.__name__] = function
+    core = getattr(mmattn, function.__name__)
+    function.__doc__ = f"{core.__doc__.rstrip()}\n\n    implementation  overrides mmattn_jax.implementation for this call.\n    "
+    return function
+
+
+def checked(name: str, args, kwargs) -> Call:
+    """The Call of mmattn's function. NumPy arrays take JAX's dtypes but stay NumPy's, so that their values can be checked."""
+    as_jax = lambda x: x.astype(jax.dtypes.canonicalize_dtype(x.dtype)) if isinstance(x, np.ndarray) else x
+    args, kwargs = jax.tree.map(as_jax, (args, kwargs))
+    return getattr(mmattn, name)(*args, **kwargs)
+
+
+def precision() -> str:
+    """How float32 products are taken: jax_default_matmul_precision, of which the kernels know two; IEEE where it is not set."""
+    return "ieee" if jax.config.jax_default_matmul_precision in (None, "highest", "float32", "F32_F32_F32") else "tf32"
+
+
+def call(name: str, *args, implementation: Implementation | None, **kwargs):
+    return _bind.bind(checked(name, args, kwargs), implementation)
+
+
+@op
+def layernorm_adaln(
+    x: ArrayLike,
+    scale: Vector | None = None,
+    shift: Vector | None = None,
+    *,
+    eps: float = 1e-6,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    return call("layernorm_adaln", x, scale, shift, eps=eps, implementation=implementation)
+
+
+@op
+def rmsnorm_adaln(
+    x: ArrayLike,
+    scale: Vector | None = None,
+    shift: Vector | None = None,
+    *,
+    eps: float = 1e-6,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    return call("rmsnorm_adaln", x, scale, shift, eps=eps, implementation=implementation)
+
+
+@op
+def layer_norm(
+    x: ArrayLike,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    eps: float = 1e-6,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    return call("layer_norm", x, weight, bias, eps=eps, implementation=implementation)
+
+
+@op
+def rms_norm(
+    x: ArrayLike, weight: ArrayLike | None = None, *, eps: float = 1e-6, implementation: Implementation | None = None
+) -> jax.Array:
+    return call("rms_norm", x, weight, eps=eps, implementation=implementation)
+
+
+@op
+def gated_residual(residual: ArrayLike, h: ArrayLike, gate: Vector, *, implementation: Implementation | None = None) -> jax.Array:
+    return call("gated_residual", residual, h, gate, implementation=implementation)
+
+
+@op
+def qk_norm_rope(
+    qkv: Streams,
+    q_weight: Streams,
+    k_weight: Streams,
+    *,
+    over: Literal["width", "head"],
+    eps: float = 1.1920929e-7,
+    cos: OptionalStreams = None,
+    sin: OptionalStreams = None,
+    start_pos: ArrayLike | None = None,
+    layout: Literal["interleaved", "half"] = "interleaved",
+    implementation: Implementation | None = None,
+) -> tuple[ArrayStreams, ArrayStreams]:
+    rotation = dict(cos=cos, sin=sin, start_pos=start_pos, layout=layout)
+    return call("qk_norm_rope", qkv, q_weight, k_weight, over=over, eps=eps, **rotation, implementation=implementation)
+
+
+@op
+def joint_attention(
+    q: Streams,
+    k: Streams,
+    v: Streams,
+    *,
+    attn_mask: ArrayLike | None = None,
+    key_masks: OptionalStreams = None,
+    causal: bool = False,
+    scale: float | None = None,
+    return_lse: bool = False,
+    implementation: Implementation | None = None,
+) -> ArrayStreams | tuple[ArrayStreams, ArrayStreams]:
+    masks = dict(attn_mask=attn_mask, key_masks=key_masks, causal=causal)
+    how = dict(scale=scale, return_lse=return_lse, precision=precision(), implementation=implementation)
+    return call("joint_attention", q, k, v, **masks, **how)
+
+
+@op
+def qk_norm_rope_attention(
+    qkv: Streams,
+    q_weight: Streams,
+    k_weight: Streams,
+    *,
+    over: Literal["width", "head"],
+    eps: float = 1.1920929e-7,
+    cos: OptionalStreams = None,
+    sin: OptionalStreams = None,
+    start_pos: ArrayLike | None = None,
+    layout: Literal["interleaved", "half"] = "interleaved",
+    attn_mask: ArrayLike | None = None,
+    key_masks: OptionalStreams = None,
+    causal: bool = False,
+    scale: float | None = None,
+    return_lse: bool = False,
+    implementation: Implementation | None = None,
+) -> ArrayStreams | tuple[ArrayStreams, ArrayStreams]:
+    rotation = dict(cos=cos, sin=sin, start_pos=start_pos, layout=layout)
+    masks = dict(attn_mask=attn_mask, key_masks=key_masks, causal=causal)
+    how = dict(scale=scale, return_lse=return_lse, precision=precision(), implementation=implementation)
+    return call("qk_norm_rope_attention", qkv, q_weight, k_weight, over=over, eps=eps, **rotation, **masks, **how)
+
+
+@op
+def relu_linear_attention(
+    q: Streams,
+    k: Streams,
+    v: Streams,
+    *,
+    key_masks: OptionalStreams = None,
+    eps: float = 1e-6,
+    implementation: Implementation | None = None,
+) -> ArrayStreams:
+    how = dict(eps=eps, precision=precision(), implementation=implementation)
+    return call("relu_linear_attention", q, k, v, key_masks=key_masks, **how)
+
+
+def explain(op: str | Callable, *args, device: jax.Device | str | None = None, **kwargs: Any) -> Explanation:
+    """Which path the call `op(*args, **kwargs)` takes, "triton" or "reference", and why. Nothing is launched.
+
+    op      a public op of this package, or its name.
+    args    the call's arguments; a jax.ShapeDtypeStruct serves for an array.
+    device  a device, or the name of a platform ("cuda", "cpu", ...); None: where jax.jit would run the call.
+
+    Raises RuntimeError, as the call would, if implementation="triton" is asked for and cannot be met.
+    """
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    if name not in OPS:
+        raise ValueError(f"explain: op is {name!r}; expected one of {', '.join(OPS)}. Pass a public op or its name.")
+    requested = kwargs.pop("implementation", None)
+    call = checked(name, args, kwargs)
+    explanation = decide(call, requested, current(), _bind.problem(platform_of(device, jax.tree.leaves((args, kwargs)))))
+    if explanation.path == "triton" and any(0 in x.shape for x in flatten(call.op, call.operands)[0]):
+        return Explanation("reference", "an array has no elements, there is nothing to launch")
+    return explanation
+
+
+def platform_of(device: jax.Device | str | None, arrays) -> str:
+    device = device or next((d for x in arrays if isinstance(x, jax.Array) and x.committed for d in x.devices()), None)
+    device = device or jax.config.jax_default_device or jax.devices()[0]
+    platform = device if isinstance(device, str) else device.platform
+    return "cuda" if platform == "gpu" else platform

@@ -1,0 +1,280 @@
+"""The seed's modules for PyTorch. Their mathematics is mmattn/blocks.py; here are the parameters."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+from mmattn import blocks, rope
+from mmattn.blocks import AttentionOutput
+
+from . import ops as _ops
+
+__all__ = ["AttentionOutput", "GPT2Block", "GPT2Stack", "RMSNormSelfAttention", "RMSNormSelfCrossAttention"]
+
+
+def _extent(start_pos) -> tuple[int, int] | None:
+    if isinstance(start_pos, int):
+        return start_pos, start_pos
+    if isinstance(start_pos, Tensor):
+        if torch.compiler.is_compiling() or start_pos.device.type != "cpu":
+            return None
+        if type(start_pos) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(start_pos):
+            return None
+    return (int(start_pos.min()), int(start_pos.max())) if len(start_pos) else None
+
+
+def _per_sample(start_pos, x: Tensor) -> Tensor:
+    if isinstance(start_pos, int):
+        return torch.full((x.shape[0],), start_pos, dtype=torch.int32, device=x.device)
+    return torch.as_tensor(start_pos, device=x.device)
+
+
+ops = SimpleNamespace(
+    layernorm_adaln=_ops.layernorm_adaln,
+    gated_residual=_ops.gated_residual,
+    qk_norm_rope=_ops.qk_norm_rope,
+    qk_norm_rope_attention=_ops.qk_norm_rope_attention,
+    relu_linear_attention=_ops.relu_linear_attention,
+    rows=lambda v, n: v.chunk(n, -1),
+    angles=lambda m, n: (m.cos, m.sin),
+    vector=lambda weight: weight,
+    where=torch.where,
+    extent=_extent,
+    per_sample=_per_sample,
+)
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return _ops.layer_norm(x, self.weight, self.bias, eps=self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return _ops.rms_norm(x, self.weight, eps=self.eps)
+
+
+class _Attention(nn.Module):
+    """Layers of one stream or two, and the table of angles: float32 whatever the module's dtype, and in no state dict."""
+
+    def __init__(self, dim, num_head, use_context, max_seq_len, linear, dim_head, **factory):
+        super().__init__()
+        self.dim, self.num_head, self.max_seq_len = dim, num_head, max_seq_len
+        self.use_context, self.linear = use_context, linear
+        self.dim_head = blocks.head_width(type(self).__name__, dim, num_head, dim_head)
+        inner = num_head * self.dim_head
+        for prefix in ("", "c_") if use_context else ("",):
+            layers = dict(
+                to_qkv=nn.Linear(dim, 3 * inner, **factory),
+                rms_norm_q=RMSNorm(inner, eps=blocks.RMS_NORM_EPS, **factory),
+                rms_norm_k=RMSNorm(inner, eps=blocks.RMS_NORM_EPS, **factory),
+                to_out=nn.Sequential(nn.Linear(inner, dim, **factory), RMSNorm(dim, eps=blocks.RMS_NORM_EPS, **factory)),
+            )
+            for name, layer in layers.items():
+                self.add_module(prefix + name, layer)
+        self.register_buffer("cos", None, persistent=False)
+        self.register_buffer("sin", None, persistent=False)
+        self._fill_table(self.to_qkv.weight.device)
+
+    def _fill_table(self, device) -> None:
+        self.cos, self.sin = (torch.tensor(t, device=device) for t in rope.table(self.max_seq_len, self.dim_head))
+
+    def _apply(self, fn, recurse=True):
+        # `.to(dtype)` would round the table, `.to_empty` would leave it unwritten.
+        super()._apply(fn, recurse)
+        self._fill_table(self.cos.device)
+        return self
+
+
+class RMSNormSelfAttention(_Attention):
+    """Self-attention with RMSNorm of q and k over the full width, RoPE, and RMSNorm behind the output projection.
+
+    q, k, v = Linear(x);  q, k = RoPE(RMSNorm(q)), RoPE(RMSNorm(k));  x_out = RMSNorm(Linear(softmax(q k^T / sqrt(d)) v))
+
+    dim          width D of the tokens, a multiple of 8.
+    num_head     number of heads; dim_head, their width d, is dim / num_head unless given.
+    max_seq_len  positions that RoPE knows.
+    linear       ReLU linear attention (Katharopoulos et al. 2020, arXiv:2006.16236) in place of softmax.
+
+    forward(x (B, L, D), attn_mask (B, L, L), start_pos, x_mask (B, L)) -> AttentionOutput(x_out (B, L, D))
+    attn_mask    any dtype, non-zero = attend. Linear attention reads the first query's row only.
+    start_pos    position of the first token: an int, or integers (B,). Values on a GPU or under trace are not checked but
+                 clamped to the table.
+    x_mask       bool, True = token, False = padding: silent whatever it holds, its own output is 0.
+
+    State-dict keys and shapes are the seed's where dim_head * num_head == dim. Raises ValueError or TypeError that names
+    the argument. QK-norm: Henry et al. 2020, arXiv:2010.04245. RoPE: Su et al. 2021, arXiv:2104.09864.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_head: int = 4,
+        max_seq_len: int = 4096,
+        linear: bool = False,
+        dim_head: int | None = None,
+        *,
+        device=None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(dim, num_head, False, max_seq_len, linear, dim_head, device=device, dtype=dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        start_pos: int | Tensor | None = None,
+        *,
+        x_mask: Tensor | None = None,
+    ) -> AttentionOutput:
+        return blocks.attention(ops, self, x, None, attn_mask, start_pos, x_mask)
+
+
+class RMSNormSelfCrossAttention(_Attention):
+    """Joint attention of tokens x and, with use_context, a context that has projections and norms of its own.
+
+    Every token and every context element attends to both. Only x is rotated: the context has no order. attn_mask covers x;
+    x attends to the context where it attends to anything, the context to every token that anything attends to and to itself.
+    Otherwise as RMSNormSelfAttention.
+
+    forward(x (B, L, D), context (B, C, D), attn_mask (B, L, L), start_pos, x_mask (B, L), context_mask (B, C))
+        -> AttentionOutput(x_out (B, L, D), context_out (B, C, D) or None without context)
+
+    MMDiT: Esser et al. 2024, arXiv:2403.03206.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_head: int = 4,
+        use_context: bool = False,
+        max_seq_len: int = 4096,
+        linear: bool = False,
+        dim_head: int | None = None,
+        *,
+        device=None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(dim, num_head, use_context, max_seq_len, linear, dim_head, device=device, dtype=dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        start_pos: int | Tensor | None = None,
+        *,
+        x_mask: Tensor | None = None,
+        context_mask: Tensor | None = None,
+    ) -> AttentionOutput:
+        return blocks.attention(ops, self, x, context, attn_mask, start_pos, x_mask, context_mask)
+
+
+class _StreamLayers(nn.Module):
+    """What one stream of a block has besides attention."""
+
+    def __init__(self, dim, dim_feedforward, dropout, conditioning, **factory):
+        super().__init__()
+        norm = lambda: None if conditioning else LayerNorm(dim, eps=blocks.LAYER_NORM_EPS, **factory)
+        self.ln_1, self.ln_2 = norm(), norm()
+        if conditioning:
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim, **factory))
+        mlp = [nn.Linear(dim, dim_feedforward, **factory), nn.SiLU(), nn.Linear(dim_feedforward, dim, **factory)]
+        self.mlp = nn.Sequential(*mlp, *([nn.Dropout(dropout)] if dropout else []))
+
+
+class GPT2Block(_StreamLayers):
+    """A transformer block, conditioned by adaLN-Zero where asked for, with one stream or two.
+
+    s1, b1, g1, s2, b2, g2 = Linear(silu(y))                   scale, shift, gate, in this order
+    x = x + g1 * Attention(LN(x) * (1 + s1) + b1)              RMSNormSelfAttention, or RMSNormSelfCrossAttention
+    x = x + g2 * MLP(LN(x) * (1 + s2) + b2)                    MLP = Linear, SiLU, Linear, Dropout
+    The context stream has the same layers with weights of its own. Without conditioning, LN has weight and bias, s = b = 0
+    and g = 1.
+
+    dim_base         width D of all streams, a multiple of 8.
+    num_attn_head    number of heads; dim_head, their width, is dim_base / num_attn_head unless given.
+    dim_feedforward  hidden width of the MLP.
+    dropout          probability in [0, 1).
+    conditioning     whether y modulates the norms.
+    use_cross_attn   whether there is a context stream; needs conditioning.
+
+    forward(x (B, L, D), y (B, 1, D) or (B, D), attn_mask (B, L, L), context (B, C, D), start_pos, x_mask, context_mask)
+        -> AttentionOutput(x_out (B, L, D), context_out (B, C, D) or None); the rest as in RMSNormSelfCrossAttention.
+
+    adaLN-Zero: Peebles & Xie 2023, arXiv:2212.09748.
+    """
+
+    def __init__(
+        self,
+        dim_base: int,
+        num_attn_head: int = 4,
+        dim_head: int | None = None,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        conditioning: bool = False,
+        use_cross_attn: bool = False,
+        *,
+        device=None,
+        dtype: torch.dtype | None = None,
+    ):
+        blocks.check_block(type(self).__name__, dropout, conditioning, use_cross_attn)
+        factory = dict(device=device, dtype=dtype)
+        super().__init__(dim_base, dim_feedforward, dropout, conditioning, **factory)
+        self.dim, self.conditioning, self.use_cross_attn = dim_base, conditioning, use_cross_attn
+        if use_cross_attn:
+            self.context_layers = _StreamLayers(dim_base, dim_feedforward, dropout, conditioning, **factory)
+            self.cross_attn = RMSNormSelfCrossAttention(dim_base, num_attn_head, use_context=True, dim_head=dim_head, **factory)
+        else:
+            self.attn = RMSNormSelfAttention(dim_base, num_attn_head, dim_head=dim_head, **factory)
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        context: Tensor | None = None,
+        start_pos: int | Tensor | None = None,
+        *,
+        x_mask: Tensor | None = None,
+        context_mask: Tensor | None = None,
+    ) -> AttentionOutput:
+        return blocks.block(ops, self, x, y, attn_mask, context, start_pos, x_mask, context_mask)
+
+
+class GPT2Stack(nn.Module):
+    """`depth` blocks in a row, layers.0, layers.1, ...; arguments and forward as in GPT2Block."""
+
+    def __init__(
+        self,
+        depth: int,
+        dim_base: int,
+        num_attn_head: int = 4,
+        dim_head: int | None = None,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        conditioning: bool = False,
+        use_cross_attn: bool = False,
+        *,
+        device=None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        block = (dim_base, num_attn_head, dim_head, dim_feedforward, dropout, conditioning, use_cross_attn)
+        self.layers = nn.ModuleList(GPT2Block(*block, device=device, dtype=dtype) for _ in range(depth))
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        context: Tensor | None = None,
+        start_pos: int | Tensor | None = None,
+        *,
+        x_mask: Tensor | None = None,
+        context_mask: Tensor | None = None,
+    ) -> AttentionOutput:
+        return blocks.stack(ops, self, x, y, attn_mask, context, start_pos, x_mask, context_mask)

@@ -1,0 +1,202 @@
+"""The operations of mmattn on torch tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+import mmattn
+from mmattn import check
+from mmattn.choice import Explanation
+from mmattn.op import Call, Row
+
+from . import _bind
+from ._bind import constant, constant_under_compile, execute
+from ._choice import Implementation
+
+Streams = Tensor | tuple[Tensor, ...]
+OptionalStreams = Tensor | tuple[Tensor | None, ...] | None
+
+CORE: dict[str, Callable[..., Call]] = {}  # public name -> the function that checks its arguments
+
+
+def documented(core: Callable[..., Call]):
+    """Give a public function the text of the core function that it stands on."""
+
+    def decorate(function):
+        CORE[function.__name__] = core
+        function.__doc__ = (
+            f"{core.__doc__.rstrip()}\n\n    implementation  overrides mmattn_torch.implementation for this call.\n    "
+        )
+        return function
+
+    return decorate
+
+
+def vector(v):
+    """A Row as the view that torch has for it."""
+    return v.array[:, v.index] if isinstance(v, Row) else v
+
+
+def autocast(x):
+    """float32 tensors in autocast's dtype where it is on, as scaled_dot_product_attention takes its arguments."""
+    if isinstance(x, tuple | list):
+        return tuple(map(autocast, x))
+    if not isinstance(x, Tensor) or x.dtype != torch.float32:
+        return x
+    dtype = _bind.autocast_dtype(x.device)
+    return x if dtype is None else x.to(dtype)
+
+
+@constant_under_compile
+def precision() -> str:
+    """How float32 products are taken: torch.get_float32_matmul_precision, of which the kernels know two."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+@documented(mmattn.layernorm_adaln)
+def layernorm_adaln(
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    implementation: Implementation | None = None,
+) -> Tensor:
+    return execute(mmattn.layernorm_adaln(x, vector(scale), vector(shift), eps=constant(eps)), implementation)
+
+
+@documented(mmattn.rmsnorm_adaln)
+def rmsnorm_adaln(
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    implementation: Implementation | None = None,
+) -> Tensor:
+    return execute(mmattn.rmsnorm_adaln(x, vector(scale), vector(shift), eps=constant(eps)), implementation)
+
+
+@documented(mmattn.layer_norm)
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    implementation: Implementation | None = None,
+) -> Tensor:
+    return execute(mmattn.layer_norm(x, weight, bias, eps=constant(eps)), implementation)
+
+
+@documented(mmattn.rms_norm)
+def rms_norm(
+    x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6, implementation: Implementation | None = None
+) -> Tensor:
+    return execute(mmattn.rms_norm(x, weight, eps=constant(eps)), implementation)
+
+
+@documented(mmattn.gated_residual)
+def gated_residual(residual: Tensor, h: Tensor, gate: Tensor, *, implementation: Implementation | None = None) -> Tensor:
+    return execute(mmattn.gated_residual(residual, h, vector(gate)), implementation)
+
+
+@documented(mmattn.qk_norm_rope)
+def qk_norm_rope(
+    qkv: Streams,
+    q_weight: Streams,
+    k_weight: Streams,
+    *,
+    over: Literal["width", "head"],
+    eps: float = 1.1920929e-7,
+    cos: OptionalStreams = None,
+    sin: OptionalStreams = None,
+    start_pos: Tensor | None = None,
+    layout: Literal["interleaved", "half"] = "interleaved",
+    implementation: Implementation | None = None,
+) -> tuple[Streams, Streams]:
+    static = dict(over=over, eps=constant(eps), cos=cos, sin=sin, start_pos=start_pos, layout=layout)
+    return execute(mmattn.qk_norm_rope(qkv, q_weight, k_weight, **static), implementation)
+
+
+@documented(mmattn.joint_attention)
+def joint_attention(
+    q: Streams,
+    k: Streams,
+    v: Streams,
+    *,
+    attn_mask: Tensor | None = None,
+    key_masks: OptionalStreams = None,
+    causal: bool = False,
+    scale: float | None = None,
+    return_lse: bool = False,
+    implementation: Implementation | None = None,
+) -> Streams | tuple[Streams, Streams]:
+    masks = dict(attn_mask=attn_mask, key_masks=key_masks, causal=causal)
+    call = mmattn.joint_attention(
+        autocast(q), autocast(k), autocast(v), **masks, scale=constant(scale), return_lse=return_lse, precision=precision()
+    )
+    return execute(call, implementation)
+
+
+@documented(mmattn.qk_norm_rope_attention)
+def qk_norm_rope_attention(
+    qkv: Streams,
+    q_weight: Streams,
+    k_weight: Streams,
+    *,
+    over: Literal["width", "head"],
+    eps: float = 1.1920929e-7,
+    cos: OptionalStreams = None,
+    sin: OptionalStreams = None,
+    start_pos: Tensor | None = None,
+    layout: Literal["interleaved", "half"] = "interleaved",
+    attn_mask: Tensor | None = None,
+    key_masks: OptionalStreams = None,
+    causal: bool = False,
+    scale: float | None = None,
+    return_lse: bool = False,
+    implementation: Implementation | None = None,
+) -> Streams | tuple[Streams, Streams]:
+    norm = dict(over=over, eps=constant(eps), cos=cos, sin=sin, start_pos=start_pos, layout=layout)
+    masks = dict(attn_mask=attn_mask, key_masks=key_masks, causal=causal)
+    call = mmattn.qk_norm_rope_attention(
+        autocast(qkv), q_weight, k_weight, **norm, **masks, scale=constant(scale), return_lse=return_lse, precision=precision()
+    )
+    return execute(call, implementation)
+
+
+@documented(mmattn.relu_linear_attention)
+def relu_linear_attention(
+    q: Streams,
+    k: Streams,
+    v: Streams,
+    *,
+    key_masks: OptionalStreams = None,
+    eps: float = 1e-6,
+    implementation: Implementation | None = None,
+) -> Streams:
+    call = mmattn.relu_linear_attention(
+        autocast(q), autocast(k), autocast(v), key_masks=key_masks, eps=constant(eps), precision=precision()
+    )
+    return execute(call, implementation)
+
+
+def explain(op: str | Callable, *args: Any, device: torch.device | str | None = None, **kwargs: Any) -> Explanation:
+    """Which path the call op(*args, **kwargs) takes, "triton" or "reference", and why. Nothing runs.
+
+    op      a public function of this package, or its name.
+    device  the device to ask about; the tensors' own unless given. Meta tensors do: only shapes and dtypes count. Without a
+            device they stand for tensors on the GPU, where there is one.
+
+    Raises what the call itself would raise.
+    """
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    check.choice("explain", "op", name, tuple(CORE))
+    requested = kwargs.pop("implementation", None)
+    call = CORE[name](*args, **kwargs)
+    return _bind.explain(call, requested, None if device is None else torch.device(device))

@@ -1,0 +1,327 @@
+"""The one case table: every call that both frameworks make, kernels against float64, on the CPU and on a GPU.
+
+A case is a call of a public function whose operands are data: what shape, which values. `gpu` marks the cases that are too
+large for the interpreter, which gets tiles of at least 64, at most 4 heads and 130 tokens, and one production width per op.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mmattn import Row
+from mmattn.op import FLOATS
+
+
+class Normal(NamedTuple):
+    """A differentiable operand: normal values in the case's dtype, or in its own.
+
+    lengths: of each sample, the tokens that are real; the others are NaN, and must be silent.
+    gap: keeps values away from 0, where relu has no slope.
+    """
+
+    shape: tuple[int, ...]
+    std: float = 1.0
+    mean: float = 0.0
+    dtype: str | None = None
+    lengths: tuple[int, ...] = ()
+    gap: float = 0.0
+    differentiable = True
+
+    def draw(self, rng):
+        x = self.mean + self.std * rng.standard_normal(self.shape)
+        x += np.copysign(self.gap, x)
+        for sample, length in enumerate(self.lengths):
+            x[sample, length:] = np.nan
+        return x
+
+    def view(self, x):
+        return x
+
+
+class Packed(NamedTuple):
+    """Row `row` of a packed (B, M, D) operand, named by position."""
+
+    shape: tuple[int, ...]
+    row: int
+    dtype: str | None = None
+    std, mean, gap, lengths = 1.0, 0.0, 0.0, ()
+    differentiable = True
+    draw = Normal.draw
+
+    def view(self, x):
+        return Row(x, self.row)
+
+
+class Chunk(NamedTuple):
+    """Columns [at, at + width) of a (B, M * D) operand: in torch a strided view, as `chunk` makes it."""
+
+    shape: tuple[int, ...]
+    at: int
+    width: int
+    dtype: str | None = None
+    std, mean, gap, lengths = 1.0, 0.0, 0.0, ()
+    differentiable = True
+    draw = Normal.draw
+
+    def view(self, x):
+        return x[:, self.at : self.at + self.width]
+
+
+class Part(NamedTuple):
+    """q, k or v of packed projections (B, L, 3, H, d): in torch a strided view."""
+
+    shape: tuple[int, ...]
+    part: int
+    dtype: str | None = None
+    std, mean, gap, lengths = 1.0, 0.0, 0.0, ()
+    differentiable = True
+    draw = Normal.draw
+
+    def view(self, x):
+        return x[:, :, self.part]
+
+
+class Constant(NamedTuple):
+    """An operand without a gradient: a mask, positions, a table."""
+
+    values: np.ndarray
+    differentiable = False
+
+    @property
+    def shape(self):
+        return self.values.shape
+
+    @property
+    def dtype(self):
+        return str(self.values.dtype)
+
+    def view(self, x):
+        return x
+
+
+LARGE = dict(gpu=True)
+PRODUCTION = dict(dtypes=("bfloat16",))
+LEAVES = (Normal, Packed, Chunk, Part, Constant)
+
+
+class Case(NamedTuple):
+    call: str  # the public function
+    label: str
+    operands: dict[str, Any]  # leaves, tuples of leaves (one per stream), None
+    static: dict[str, Any] = {}  # noqa: RUF012
+    gpu: bool = False
+    dtypes: tuple[str, ...] = FLOATS
+
+    def __str__(self):
+        return f"{self.call}-{self.label}"
+
+    def __hash__(self):
+        return hash(str(self))
+
+    def __eq__(self, other):
+        return str(self) == str(other)
+
+    def rng(self):
+        return np.random.default_rng(zlib.crc32(str(self).encode()))
+
+
+def table(positions: int, width_head: int, function) -> Constant:
+    """cos or sin of RoPE's angles."""
+    frequency = 1e4 ** (-np.arange(0, width_head, 2) / width_head)
+    return Constant(function(np.arange(positions)[:, None] * frequency).astype(np.float32))
+
+
+def rope(positions: int, width_head: int, *rotated: bool) -> dict:
+    """cos and sin, one per stream, None for a stream that is not rotated."""
+    return {
+        name: tuple(table(positions, width_head, f) if turn else None for turn in rotated)
+        for name, f in dict(cos=np.cos, sin=np.sin).items()
+    }
+
+
+def int32(*values: int) -> Constant:
+    return Constant(np.array(values, np.int32))
+
+
+def sample(B: int, D: int, *names: str, **how) -> dict:
+    """One vector (B, D) per sample for each name."""
+    return {name: Normal((B, D), **how) for name in names}
+
+
+def shared(D: int, *names: str, **how) -> dict:
+    """One vector (D,) for each name; weights lie around 1."""
+    return {name: Normal((D,), mean=float("weight" in name), **how) for name in names}
+
+
+def adaln_cases():
+    x = lambda *shape, **how: dict(x=Normal(shape, **how))
+    yield Case("layernorm_adaln", "37x48", x(2, 37, 48) | sample(2, 48, "scale", "shift"))
+    yield Case("layernorm_adaln", "bare", x(3, 5, 96))
+    yield Case("layernorm_adaln", "scale-only-130x96", x(2, 130, 96) | sample(2, 96, "scale"))
+    yield Case("layernorm_adaln", "shift-only", x(2, 37, 128) | dict(shift=Normal((2, 1, 128))))
+    yield Case("layernorm_adaln", "one-token-width-8", x(1, 1, 8) | sample(1, 8, "scale", "shift"))
+    yield Case("layernorm_adaln", "float32-vectors", x(2, 37, 48) | sample(2, 48, "scale", "shift", dtype="float32"))
+    packed = dict(scale=Packed((2, 6, 48), 1), shift=Packed((2, 6, 48), 0))
+    yield Case("layernorm_adaln", "packed", x(2, 37, 48) | packed)
+    chunks = dict(scale=Chunk((2, 6 * 48), 96, 48), shift=Chunk((2, 6 * 48), 240, 48))
+    yield Case("layernorm_adaln", "chunks", x(2, 37, 48) | chunks)
+    yield Case("layernorm_adaln", "far-mean", x(2, 37, 96, mean=30.0) | sample(2, 96, "scale", "shift"), dict(eps=1e-5))
+    yield Case("layernorm_adaln", "production", x(2, 70, 1152) | sample(2, 1152, "scale", "shift"), **PRODUCTION)
+    yield Case("rmsnorm_adaln", "37x48", x(2, 37, 48) | sample(2, 48, "scale", "shift"))
+    yield Case("rmsnorm_adaln", "at-zero", x(2, 37, 48, std=1e-5) | sample(2, 48, "scale", "shift"), dict(eps=1.1920929e-7))
+    yield Case("layer_norm", "affine-130x128", x(2, 130, 128) | shared(128, "weight", "bias"))
+    yield Case("layer_norm", "bias-only", x(3, 5, 48) | shared(48, "bias"))
+    yield Case("layer_norm", "empty-batch", x(0, 5, 48) | shared(48, "weight", "bias"))
+    yield Case("rms_norm", "weight-37x96", x(2, 37, 96) | shared(96, "weight"))
+    yield Case("rms_norm", "float32-weight", x(2, 37, 48) | shared(48, "weight", dtype="float32"))
+    for B, L, D in ((3, 333, 768), (2, 186, 1536), (1, 4100, 3072), (64, 3, 128), (1, 2, 16384)):
+        yield Case("layernorm_adaln", f"{B}x{L}x{D}", x(B, L, D) | sample(B, D, "scale", "shift"), **LARGE)
+        yield Case("rms_norm", f"{B}x{L}x{D}", x(B, L, D) | shared(D, "weight"), **LARGE)
+
+
+def gated_residual_cases():
+    both = lambda *shape: dict(residual=Normal(shape), h=Normal(shape))
+    yield Case("gated_residual", "37x48", both(2, 37, 48) | sample(2, 48, "gate"))
+    yield Case("gated_residual", "one-token", both(1, 1, 96) | dict(gate=Normal((1, 1, 96))))
+    yield Case("gated_residual", "float32-gate", both(2, 37, 48) | sample(2, 48, "gate", dtype="float32"))
+    yield Case("gated_residual", "packed", both(2, 37, 128) | dict(gate=Packed((2, 6, 128), 5)))
+    yield Case("gated_residual", "chunk", both(2, 37, 48) | dict(gate=Chunk((2, 6 * 48), 96, 48)))
+    yield Case("gated_residual", "empty-batch", both(0, 37, 48) | sample(0, 48, "gate"))
+    yield Case("gated_residual", "production", both(2, 70, 1152) | sample(2, 1152, "gate"), **PRODUCTION)
+    for B, L, D in ((3, 333, 768), (1, 4100, 3072), (64, 3, 128)):
+        yield Case("gated_residual", f"{B}x{L}x{D}", both(B, L, D) | sample(B, D, "gate"), **LARGE)
+
+
+def projections(B: int, H: int, d: int, *lengths: int, over: str, **how) -> dict:
+    """Packed projections of each stream and the weights of their norms."""
+    weight = lambda: tuple(Normal((H * d if over == "width" else d,), std=0.3, mean=1.0, **how) for _ in lengths)
+    return dict(qkv=tuple(Normal((B, L, 3, H, d)) for L in lengths), q_weight=weight(), k_weight=weight())
+
+
+def qk_norm_rope_cases():
+    def case(label, B, H, d, *lengths, over, rotated=(), start=None, positions=64, how=None, row=None, **static):
+        operands = projections(B, H, d, *lengths, over=over, **(how or {}))
+        operands |= rope(positions, d, *rotated) if rotated else {}
+        operands |= dict(start_pos=start) if start else {}
+        return Case("qk_norm_rope", label, operands, dict(over=over) | static, **(row or {}))
+
+    seed = dict(over="width", rotated=(True, False))
+    yield case("seed", 2, 2, 24, 37, 5, **seed, start=int32(0, 9))
+    yield case("seed-half", 2, 2, 24, 37, 5, **seed, layout="half")
+    yield case("plain", 2, 3, 16, 1, over="width")
+    yield case("heads", 2, 3, 32, 37, 70, over="head", rotated=(True, True), positions=80, eps=1e-6)
+    yield case("heads-half", 1, 4, 64, 37, over="head", rotated=(True,), layout="half", start=int32(20))
+    yield case("float32-weights", 2, 2, 24, 37, **dict(over="width", rotated=(True,)), how=dict(dtype="float32"))
+    yield case("empty-batch", 0, 2, 24, 37, over="width")
+    yield case("production", 1, 18, 64, 40, over="width", rotated=(True,), row=PRODUCTION)
+    for over, layout in (("width", "interleaved"), ("head", "half")):
+        yield case(f"sd3-{over}", 2, 24, 64, 333, 154, over=over, rotated=(True, True), positions=400, layout=layout, row=LARGE)
+        yield case(
+            f"flux-{over}", 1, 24, 128, 1024, 186, over=over, rotated=(True, True), positions=1024, layout=layout, row=LARGE
+        )
+
+
+def heads(B: int, H: int, d: int, *lengths: int, qk: dict | None = None, real=(), **how) -> dict:
+    """q, k, v of streams of the given lengths; `real`: per stream, the number of real tokens of each sample."""
+    real = real or ((),) * len(lengths)
+    stream = lambda **how: tuple(Normal((B, L, H, d), lengths=n, **how) for L, n in zip(lengths, real, strict=True))
+    return dict(q=stream(**how, **(qk or {})), k=stream(**how, **(qk or {})), v=stream(**how))
+
+
+def key_masks(lengths, real) -> dict:
+    """Which tokens are real, per stream; None for a stream without a mask."""
+    mask = lambda L, n: Constant(np.arange(L) < np.array(n)[:, None]) if n else None
+    return dict(key_masks=tuple(mask(L, n) for L, n in zip(lengths, real, strict=True)))
+
+
+def mask(B: int, L: int, empty_rows=(3,), empty_cols=(5,)) -> dict:
+    """A random mask (B, L, L) with rows and columns that attend to nothing."""
+    keep = np.random.default_rng(L).random((B, L, L)) < 0.6
+    keep[:, list(empty_rows)] = False
+    keep[:, :, list(empty_cols)] = False
+    return dict(attn_mask=Constant(keep))
+
+
+def joint_attention_cases():
+    case = lambda label, operands, static=None, **row: Case("joint_attention", label, operands, static or {}, **row)
+    yield case("seed", heads(2, 2, 16, 37, 5))
+    yield case("one-stream-130", heads(1, 1, 64, 130))
+    yield case("three-streams", heads(1, 1, 24, 1, 70, 20))
+    yield case("one-token-each", heads(8, 2, 8, 1, 1, qk=dict(std=0.5)))
+    yield case("width-128", heads(1, 1, 128, 37, 5))
+    yield case("causal", heads(1, 1, 32, 130, 37), dict(causal=True))
+    yield case("mask", heads(2, 1, 16, 37, 20) | mask(2, 37))
+    yield case("mask-alone", heads(1, 1, 48, 70) | mask(1, 70, (0, 64, 69)))
+    yield case("key-masks", heads(2, 1, 16, 37, 70, real=((37, 20), (1, 65))) | key_masks((37, 70), ((37, 20), (1, 65))))
+    yield case("one-key-mask", heads(2, 2, 16, 70, 5, real=((), (0, 3))) | key_masks((70, 5), ((), (0, 3))))
+    nobody = heads(2, 1, 16, 37, 5, real=((0, 30), (0, 5))) | key_masks((37, 5), ((0, 30), (0, 5)))
+    yield case("lse-of-nobody", nobody, dict(return_lse=True))
+    everything = heads(2, 1, 16, 37, 20, real=((37, 20), (1, 17))) | key_masks((37, 20), ((37, 20), (1, 17))) | mask(2, 37)
+    yield case("everything", everything, dict(return_lse=True, causal=True, scale=0.3))
+    yield case("lse", heads(2, 2, 32, 70), dict(return_lse=True))
+    yield case("float32-qk", heads(2, 2, 16, 37, 5, qk=dict(dtype="float32")))
+    huge = heads(1, 1, 32, 70, 37)
+    yield case("huge-logits", huge | dict(k=tuple(leaf._replace(mean=60.0) for leaf in huge["k"])))
+    yield case("packed", {name: Part((2, 37, 3, 2, 16), part) for part, name in enumerate("qkv")})
+    yield case("empty-batch", heads(0, 2, 16, 37, 5))
+    yield case("production", heads(1, 3, 64, 186, 77), **PRODUCTION)
+    for d in (8, 32, 40, 96):
+        yield case(f"gpu-width-{d}", heads(2, 4, d, 333, 154), **LARGE)
+        yield case(f"gpu-everything-{d}", heads(2, 4, d, 333, 154) | mask(2, 333), dict(return_lse=True, causal=True), **LARGE)
+    yield case("sd3", heads(2, 24, 64, 1024, 154), **LARGE)
+    yield case("flux", heads(1, 8, 128, 1024, 512), **LARGE)
+    yield case("target", heads(8, 8, 16, 186), **LARGE)
+    yield case("long-causal", heads(1, 2, 64, 3000), dict(causal=True), **LARGE)
+    long = heads(2, 4, 64, 700, 300, real=((700, 1), (299, 130))) | key_masks((700, 300), ((700, 1), (299, 130)))
+    yield case("long-key-masks", long, dict(return_lse=True), **LARGE)
+
+
+def qk_norm_rope_attention_cases():
+    def case(label, B, H, d, *lengths, over, rotated=(), start=None, positions=64, real=(), extra=None, row=None, **static):
+        operands = projections(B, H, d, *lengths, over=over)
+        if real:
+            operands["qkv"] = tuple(leaf._replace(lengths=n) for leaf, n in zip(operands["qkv"], real, strict=True))
+            operands |= key_masks(lengths, real)
+        operands |= rope(positions, d, *rotated) if rotated else {}
+        operands |= (dict(start_pos=start) if start else {}) | (extra or {})
+        return Case("qk_norm_rope_attention", label, operands, dict(over=over) | static, **(row or {}))
+
+    seed = dict(over="width", rotated=(True, False))
+    yield case("seed", 2, 2, 24, 37, 5, **seed, start=int32(0, 9), extra=mask(2, 37))
+    yield case("heads-half", 1, 2, 32, 70, 37, over="head", rotated=(True, True), positions=80, layout="half", eps=1e-6)
+    yield case("key-masks", 2, 1, 16, 37, 70, **seed, real=((37, 20), (1, 65)), return_lse=True)
+    yield case("causal", 2, 1, 64, 70, over="head", rotated=(True,), positions=70, causal=True)
+    yield case("empty-batch", 0, 2, 24, 37, over="width")
+    yield case("production", 1, 4, 32, 186, 20, **seed | dict(positions=186), row=PRODUCTION)
+    yield case("sd3", 2, 24, 64, 1024, 154, over="head", row=LARGE)
+    yield case("flux", 1, 8, 128, 1024, 512, over="head", rotated=(True, True), positions=1024, row=LARGE)
+    yield case("target", 8, 8, 16, 186, 20, **seed | dict(positions=4096), extra=mask(8, 186), row=LARGE)
+
+
+def relu_linear_attention_cases():
+    case = lambda label, operands, **row: Case("relu_linear_attention", label, operands, **row)
+    away = dict(gap=0.05)
+    yield case("37-5", heads(2, 2, 16, 37, 5, **away))
+    yield case("130-width-64", heads(1, 2, 64, 130, **away))
+    yield case("three-streams", heads(1, 1, 24, 1, 70, 20, **away))
+    yield case("width-128", heads(1, 1, 128, 70, **away))
+    yield case("float32-qk", heads(2, 2, 16, 37, qk=dict(dtype="float32"), **away))
+    real = ((37, 20), (1, 65))
+    yield case("key-masks", heads(2, 2, 16, 37, 70, real=real, **away) | key_masks((37, 70), real))
+    yield case("empty-batch", heads(0, 2, 16, 37, **away))
+    yield case("production", heads(1, 4, 64, 186, 77, **away), **PRODUCTION)
+    for B, H, d, *lengths in ((2, 24, 64, 1024, 154), (1, 8, 128, 512, 333), (8, 8, 16, 186), (1, 4, 40, 3000)):
+        yield case(f"{B}x{H}x{d}-{lengths[0]}", heads(B, H, d, *lengths, **away), **LARGE)
+
+
+CASES = [
+    *adaln_cases(),
+    *gated_residual_cases(),
+    *qk_norm_rope_cases(),
+    *joint_attention_cases(),
+    *qk_norm_rope_attention_cases(),
+    *relu_linear_attention_cases(),
+]

@@ -1,0 +1,82 @@
+"""One process for both frameworks: kernels on the GPU where there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+
+import numpy as np
+import pytest
+
+
+def gpu_present() -> bool:
+    try:
+        return ctypes.CDLL("libcuda.so.1").cuInit(0) == 0
+    except OSError:
+        return False
+
+
+GPU = gpu_present()
+TORCH, JAX = (importlib.util.find_spec(name) is not None for name in ("torch", "jax"))
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # torch works on the same GPU
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+if not GPU:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+if TORCH:
+    import torch
+
+    torch.set_num_threads(1)
+if JAX:
+    import jax
+
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # a callback with a large operand hangs otherwise
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """On a GPU whatever launches kernels is a GPU test; without one, what needs a GPU is skipped."""
+    for item in items:
+        if GPU and "kernels" in item.fixturenames:
+            item.add_marker(pytest.mark.gpu)
+        if not GPU and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(params=["torch", "jax"])
+def framework(request):
+    """Each framework in turn."""
+    import frameworks
+
+    if request.param not in frameworks.INSTALLED:
+        pytest.skip(f"{request.param} is not installed")
+    return frameworks.framework(request.param)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """implementation="triton" runs the kernels in both frameworks, on outputs that start as NaN."""
+    if TORCH:
+        from mmattn_torch import _bind
+
+        empty = _bind.empty
+        poisoned = lambda spec, device: poison(empty(spec, device))
+        monkeypatch.setattr(_bind, "empty", poisoned)
+    if GPU:
+        return
+    import interpreted
+
+    if TORCH:
+        monkeypatch.setattr(_bind, "launch", interpreted.torch_launch)
+        monkeypatch.setattr(_bind, "problem", lambda device: None)
+    if JAX:
+        from mmattn_jax import _bind as jax_bind
+
+        monkeypatch.setattr(jax_bind, "host_launch", interpreted.jax_launch)
+
+
+def poison(x):
+    return x.fill_(np.nan) if x.is_floating_point() else x

@@ -1,0 +1,525 @@
+"""What torch does to our operations: compile, export, torch.func, autocast, checkpointing, and the choice of path."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+import torch.autograd.forward_ad as fwad
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.func import grad, jacrev, jvp, vjp, vmap
+from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+import mmattn_torch
+from mmattn_torch import _bind
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+D, HEADS = 48, 2
+REFERENCE = dict(implementation="reference")
+
+
+def randn(*shape, seed=0, **how):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator).to(DEVICE, **how)
+
+
+def leaf(*shape, **how):
+    return randn(*shape, **how).requires_grad_()
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def cpu(monkeypatch):
+    """Operands on the CPU, where there are no kernels, on any machine."""
+    monkeypatch.setattr(sys.modules[__name__], "DEVICE", "cpu")
+
+
+class Recorder(TorchDispatchMode):
+    """Calls of our operators and their arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    @property
+    def names(self) -> list[str]:
+        return [operator.name().removeprefix("mmattn::") for operator, _ in self.calls]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "mmattn":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+def same(got, want, tolerance=1e-5):
+    got, want = tree_leaves(got), tree_leaves(want)
+    assert len(got) == len(want)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def adaln(x, scale, shift, **how):
+    return mmattn_torch.layernorm_adaln(x, scale, shift, **how)
+
+
+def rms(x, weight, **how):
+    return mmattn_torch.rms_norm(x, weight, **how)
+
+
+def residual(x, h, gate, **how):
+    return mmattn_torch.gated_residual(x, h, gate, **how)
+
+
+def attention(x, c, weights, mask, key_mask, **how):
+    """The seed's attention of two streams."""
+    packed = tuple(t.reshape(*t.shape[:2], 3, HEADS, t.shape[2] // (3 * HEADS)) for t in (x, c))
+    out = mmattn_torch.qk_norm_rope_attention(
+        packed,
+        (weights[0], weights[1]),
+        (weights[2], weights[3]),
+        over="width",
+        attn_mask=mask,
+        key_masks=(key_mask, None),
+        **how,
+    )
+    return torch.cat(out, 1)
+
+
+def linear(q, k, v, c, key_mask, **how):
+    return torch.cat(mmattn_torch.relu_linear_attention((q, c), (k, c), (v, c), key_masks=(key_mask, None), **how), 1)
+
+
+def operands(f, B: int, L: int, C: int = 5) -> list:
+    """Arguments of one of the functions above; the floats require gradients."""
+    if f is adaln:
+        return [leaf(B, L, D), leaf(B, 1, D), leaf(B, D)]
+    if f is rms:
+        return [leaf(B, L, D), leaf(D)]
+    if f is residual:
+        return [leaf(B, L, D), leaf(B, L, D, seed=1), leaf(B, D)]
+    if f is linear:
+        heads = [leaf(B, L, HEADS, D // HEADS, seed=i) for i in range(3)]
+        return [*heads, leaf(B, C, HEADS, D // HEADS), torch.arange(L, device=DEVICE)[None].expand(B, L) < L - 2]
+    # At least one key for every row but the last, which is empty.
+    mask = (randn(B, L, L) > 0) | torch.eye(L, dtype=torch.bool, device=DEVICE)
+    mask[:, -1] = False
+    key_mask = torch.arange(L, device=DEVICE)[None].expand(B, L) < L - 2
+    return [leaf(B, L, 3 * D), leaf(B, C, 3 * D), leaf(4, D), mask, key_mask]
+
+
+OPERATOR = {
+    adaln: "adaln",
+    rms: "adaln",
+    residual: "gated_residual",
+    attention: "qk_norm_rope_attention",
+    linear: "relu_linear_attention",
+}
+every_function = pytest.mark.parametrize("f", OPERATOR, ids=lambda f: f.__name__)
+small_functions = pytest.mark.parametrize("f", [adaln, rms, residual], ids=lambda f: f.__name__)
+
+
+def with_gradients(f, arguments):
+    """Output and gradients against a random cotangent."""
+    out = f(*arguments)
+    leaves = [x for x in arguments if x.requires_grad]
+    return out.detach(), *torch.autograd.grad(out, leaves, randn(*out.shape, seed=7, dtype=out.dtype))
+
+
+@every_function
+def test_kernels_equal_formula(f, kernels):
+    arguments = operands(f, 2, 37)
+    with Recorder() as calls:
+        got = with_gradients(f, arguments)
+    assert calls.names == [f"{OPERATOR[f]}_fwd", f"{OPERATOR[f]}_bwd"]
+    same(got, with_gradients(lambda *a: f(*a, **REFERENCE), arguments), 1e-4)
+
+
+@every_function
+def test_fallback_equals_formula(f, cpu):
+    """torch's fused code, where there are no kernels, against the formula that an explicit request gets."""
+    arguments = operands(f, 2, 37)
+    same(with_gradients(f, arguments), with_gradients(lambda *a: f(*a, **REFERENCE), arguments))
+
+
+def test_padding_is_silent_in_the_fallback(cpu):
+    x, c, weights, mask, key_mask = operands(attention, 2, 9)
+    mask = mask | True
+    dirty = torch.where(key_mask[..., None], x, torch.nan).detach().requires_grad_()
+    got, want = (with_gradients(attention, [t, c, weights, mask, key_mask]) for t in (dirty, x))
+    same(got, want)
+
+
+def operators_in(graph: torch.fx.GraphModule) -> list[str]:
+    """Names of our operators in a compiled graph."""
+    names = [node.target.name() for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    return [name.removeprefix("mmattn::") for name in names if name.startswith("mmattn::")]
+
+
+def compiled_once(f, compared):
+    """Operators in the one graph that serves batches and lengths that differ."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(f, fullgraph=True, backend=counter, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for B, L in ((3, 7), (4, 12)):
+            arguments = operands(f, B, L)
+            compared(with_gradients(compiled, arguments), with_gradients(f, arguments))
+    return operators_in(counter.graphs[-1])
+
+
+@every_function
+def test_compile_without_recompilation(f, kernels):
+    assert compiled_once(f, partial(same, tolerance=0)) == [f"{OPERATOR[f]}_fwd"]
+
+
+@every_function
+def test_compile_of_the_fallback(f, cpu):
+    assert compiled_once(f, same) == []
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # inductor's own
+def test_inductor(kernels):
+    def layer(x, modulation):
+        scale, shift, gate = modulation.chunk(3, -1)
+        return mmattn_torch.gated_residual(x, mmattn_torch.layernorm_adaln(x, scale, shift).sin(), gate)
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    for L in (7, 12):
+        arguments = [leaf(2, L, D), leaf(2, 3 * D)]
+        same(with_gradients(compiled, arguments), with_gradients(layer, arguments))
+
+
+def test_changed_setting_recompiles(kernels):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(rms, fullgraph=True, backend=counter)
+    arguments = operands(rms, 2, 7)
+    for setting in ("auto", "reference", "auto", "reference"):
+        with mmattn_torch.implementation(setting):
+            compiled(*arguments)
+    assert list(map(operators_in, counter.graphs)) == [["adaln_fwd"], []]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@every_function
+def test_export(f, strict, kernels):
+    class Module(torch.nn.Module):
+        def forward(self, *arguments):
+            return f(*arguments)
+
+    B, L = torch.export.Dim("B", min=2, max=64), torch.export.Dim("L", min=2, max=4096)
+    arguments = tuple(x.detach() for x in operands(f, 3, 7))
+    sizes = {3: B, 7: L}
+    shapes = tuple({i: sizes[n] for i, n in enumerate(x.shape) if n in sizes} for x in arguments)
+    program = torch.export.export(Module(), arguments, dynamic_shapes=(shapes,), strict=strict)
+    assert f"torch.ops.mmattn.{OPERATOR[f]}_fwd" in program.graph_module.print_readable(print_output=False)
+    arguments = tuple(x.detach() for x in operands(f, 2, 12))
+    same(program.module()(*arguments), f(*arguments), 0)
+
+
+@every_function
+def test_opcheck(f, kernels):
+    """torch's own tests of an operator: schema, autograd registration, fake kernel, dynamic shapes."""
+    with Recorder() as calls:
+        with_gradients(f, operands(f, 3, 7))
+    assert calls.names == [f"{OPERATOR[f]}_fwd", f"{OPERATOR[f]}_bwd"]
+    for operator, arguments in calls.calls:
+        opcheck(operator, tree_map(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, arguments))
+    operator, arguments = calls.calls[0]
+    trained = lambda x: x.detach().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+    opcheck(operator, tree_map(trained, arguments))
+
+
+def both(transform, f, arguments):
+    """A transform of the kernels and of the formula."""
+    arguments = [x.detach() for x in arguments]
+    same(transform(f)(*arguments), transform(lambda *a: f(*a, **REFERENCE))(*arguments), 1e-4)
+
+
+def loss(f):
+    return lambda *arguments: (f(*arguments) ** 2).sum()
+
+
+@every_function
+def test_grad(f, kernels):
+    arguments = operands(f, 2, 7)
+    floats = tuple(i for i, x in enumerate(arguments) if x.is_floating_point())
+    both(lambda f: grad(loss(f), floats), f, arguments)
+
+
+@small_functions
+def test_vjp_and_jacrev(f, kernels):
+    arguments = operands(f, 2, 3)
+    both(lambda f: lambda *a: vjp(f, *a)[1](randn(2, 3, D, seed=3)), f, arguments)
+    both(lambda f: jacrev(lambda *a: f(*a)[:, 0, :2], argnums=1), f, arguments)
+
+
+@every_function
+def test_vmap_is_one_launch(f, kernels):
+    arguments = [torch.stack([x, x.roll(1, 0)], 1) for x in operands(f, 2, 7)]
+    with Recorder() as calls:
+        vmap(f, 1)(*[x.detach() for x in arguments])
+    assert calls.names == [f"{OPERATOR[f]}_fwd"]
+    both(lambda f: vmap(f, 1), f, arguments)
+
+
+@every_function
+def test_vmap_of_grad_keeps_vector_gradients_apart(f, kernels):
+    """Per-example gradients of all operands, vectors that the examples share included."""
+    arguments = operands(f, 2, 7)
+    floats = tuple(i for i, x in enumerate(arguments) if x.is_floating_point())
+    arguments[0] = randn(3, *arguments[0].shape)
+    mapped = (0, *[None] * (len(arguments) - 1))
+    both(lambda f: vmap(grad(loss(f), floats), mapped), f, arguments)
+
+
+def test_nested_vmap_of_a_shared_vector(kernels):
+    """The inner vmap gives the weight a group axis, the outer one leaves it alone, and the other way round."""
+    x, weight = randn(3, 4, 2, 5, D), randn(4, D)
+    for inner, outer in (((0, 0), (0, None)), ((0, None), (0, 0))):
+        weight = randn(4 if inner[1] == 0 else 3, D)
+        both(lambda f, i=inner, o=outer: vmap(vmap(grad(loss(f), (0, 1)), i), o), rms, [x, weight])
+
+
+def test_grad_of_vmap_sums_over_it(kernels):
+    both(lambda f: grad(lambda x, w: (vmap(f, (0, None))(x, w) ** 2).sum(), (0, 1)), rms, [randn(3, 2, 5, D), randn(D)])
+
+
+def test_compiled_transforms(kernels):
+    arguments = [randn(3, 2, 5, D), randn(D)]
+    transform = vmap(grad(loss(rms), (0, 1)), (0, None))
+    same(torch.compile(transform, fullgraph=True, backend="aot_eager")(*arguments), transform(*arguments))
+
+
+def forward_mode(f, x):
+    return jvp(f, (x,), (x,))[1]
+
+
+def dual_numbers(f, x):
+    with fwad.dual_level():
+        return fwad.unpack_dual(f(fwad.make_dual(x, x))).tangent
+
+
+def forward_over_reverse(f, x):
+    return jvp(grad(loss(f)), (x,), (x,))[1]
+
+
+def reverse_over_reverse(f, x):
+    return grad(lambda x: grad(loss(f))(x).sum())(x)
+
+
+def double_backward(f, x):
+    x = x.requires_grad_()
+    (dx,) = torch.autograd.grad(loss(f)(x), x, create_graph=True)
+    return torch.autograd.grad(dx.sum(), x)[0]
+
+
+HIGHER = [forward_mode, dual_numbers, forward_over_reverse, reverse_over_reverse, double_backward]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own forward mode
+@pytest.mark.parametrize("derivative", HIGHER, ids=lambda f: f.__name__)
+@every_function
+def test_higher_derivatives(f, derivative, kernels):
+    arguments = operands(f, 2, 5)
+    x = randn(*arguments[at := 1 if f is residual else 0].shape)  # the gradient of `residual` is passed on, without a kernel
+    others = [x.detach() for x in arguments]
+    with pytest.raises(RuntimeError, match='implementation="reference"'):
+        derivative(lambda x: f(*others[:at], x, *others[at + 1 :]), x)
+    x, *others = (x.double() if x.is_floating_point() else x for x in (x, *others))
+    g = lambda x: f(*others[:at], x, *others[at + 1 :], **REFERENCE)
+    got, step = derivative(g, x.clone()), 1e-6
+    if derivative in (forward_mode, dual_numbers):
+        want = (g(x + step * x) - g(x - step * x)) / (2 * step)
+    else:
+        direction = x if derivative is forward_over_reverse else torch.ones_like(x)
+        want = (grad(loss(g))(x + step * direction) - grad(loss(g))(x - step * direction)) / (2 * step)
+    same(got, want)
+
+
+def test_create_graph_alone_is_no_second_derivative(kernels):
+    x = leaf(2, 5, D)
+    (dx,) = torch.autograd.grad(loss(mmattn_torch.rms_norm)(x), x, create_graph=True)
+    same(dx.detach(), torch.autograd.grad(loss(mmattn_torch.rms_norm)(x), x)[0])
+
+
+@pytest.mark.parametrize("implementation", ["triton", "reference", "auto"])
+def test_autocast(implementation, request):
+    if implementation == "triton":
+        request.getfixturevalue("kernels")
+    how = dict(implementation=implementation)
+    q = leaf(1, 5, HEADS, 16)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = randn(2, 5, D, dtype=dtype)
+            assert mmattn_torch.layernorm_adaln(x, **how).dtype == dtype
+            assert mmattn_torch.rms_norm(x, randn(D), **how).dtype == dtype
+        out = mmattn_torch.joint_attention(q, q, q.to(torch.bfloat16), **how)
+        assert out.dtype == torch.bfloat16
+        same(mmattn_torch.rms_norm(q[0], **how), mmattn_torch.rms_norm(q[0].detach(), **REFERENCE))
+    out.float().sum().backward()
+    assert q.grad.dtype == torch.float32 and q.grad.isfinite().all()
+
+
+@small_functions
+def test_checkpoint(f, kernels):
+    arguments = operands(f, 2, 7)
+    want = with_gradients(f, arguments)
+    with Recorder() as calls:
+        same(
+            with_gradients(lambda *a: checkpoint(lambda *a: f(*a).sin(), *a, use_reentrant=False), arguments)[0], want[0].sin(), 0
+        )
+    assert calls.names == [f"{OPERATOR[f]}_{half}" for half in ("fwd", "fwd", "bwd")]
+
+
+def test_selective_checkpoint_keeps_our_results(kernels):
+    def policy(context, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if op.namespace == "mmattn" else CheckpointPolicy.PREFER_RECOMPUTE
+
+    arguments = operands(rms, 2, 7)
+    f = lambda *a: checkpoint(
+        lambda *a: rms(*a).sin(), *a, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(policy)
+    )
+    with Recorder() as calls:
+        got = with_gradients(f, arguments)
+    assert calls.names == ["adaln_fwd", "adaln_bwd"]
+    same(got, with_gradients(lambda *a: rms(*a).sin(), arguments), 0)
+
+
+def test_modulation_is_read_in_place(kernels, monkeypatch):
+    """The rows of chunk(6), not contiguous, reach the kernels at their own address, forward and backward."""
+    addresses = []
+    original = _bind.launch
+
+    def launch(plan, arrays, outs):
+        addresses.append([x.data_ptr() for x in arrays])
+        return original(plan, arrays, outs)
+
+    monkeypatch.setattr(_bind, "launch", launch)
+    x = leaf(2, 7, D)
+    scale, shift, gate = leaf(2, 1, 6 * D).chunk(6, -1)[:3]
+    assert not scale.is_contiguous()
+    out = mmattn_torch.gated_residual(x, mmattn_torch.layernorm_adaln(x, scale, shift), gate)
+    forward = len(addresses)
+    out.sum().backward()
+    for view in (scale, gate):
+        assert any(view.data_ptr() in launched for launched in addresses[:forward])
+        assert any(view.data_ptr() in launched for launched in addresses[forward:])
+
+
+def test_other_strides_are_copied(kernels):
+    x = randn(7, 2, D).transpose(0, 1).requires_grad_()
+    scale = randn(D, 2).T.requires_grad_()
+    arguments = [x, scale, leaf(1, D).expand(2, D)]
+    same(
+        with_gradients(adaln, arguments), with_gradients(adaln, [t.detach().contiguous().requires_grad_() for t in arguments]), 0
+    )
+
+
+@every_function
+def test_empty_batch(f, kernels):
+    got = with_gradients(f, operands(f, 0, 7))
+    want = with_gradients(lambda *a: f(*a, **REFERENCE), operands(f, 0, 7))
+    same(got, want, 0)
+
+
+def test_explain_agrees_with_the_call(kernels):
+    x = randn(2, 5, D)
+    assert mmattn_torch.explain(mmattn_torch.rms_norm, x).path == "triton"
+    with Recorder() as calls:
+        assert mmattn_torch.explain("rms_norm", x, implementation="reference").path == "reference"
+        assert mmattn_torch.explain("rms_norm", x.double()) == ("reference", "float64 has no kernels")
+        assert mmattn_torch.explain("layernorm_adaln", torch.empty(2, 5, D, device="meta")).path == "triton"
+        mmattn_torch.rms_norm(x.double())
+    assert calls.names == []
+
+
+def test_explain_without_a_gpu():
+    x = torch.empty(2, 5, D, device="meta")
+    path, reason = mmattn_torch.explain("rms_norm", x, device="cpu")
+    assert path == "reference" and "cpu" in reason
+    with pytest.raises(ValueError, match="explain: op is 'softmax'; expected one of"):
+        mmattn_torch.explain("softmax", x)
+    with pytest.raises(ValueError, match="rms_norm: x has shape"):
+        mmattn_torch.explain("rms_norm", x[0])
+
+
+def test_implementation_sets_and_restores(kernels):
+    x = randn(2, 5, D)
+    path = lambda **how: mmattn_torch.explain("rms_norm", x, **how).path
+    with mmattn_torch.implementation("reference"):
+        assert path() == "reference"
+        assert path(implementation="auto") == path(implementation="triton") == "triton"
+        with mmattn_torch.implementation("triton"):
+            assert path() == "triton"
+        assert path() == "reference"
+    assert path() == "triton"
+    former = mmattn_torch.implementation("reference")
+    assert path() == "reference"
+    former.__exit__()
+    assert path() == "triton"
+    with pytest.raises(ValueError, match="implementation: name is 'cuda'; expected one of 'auto', 'triton', 'reference'"):
+        mmattn_torch.implementation("cuda")
+
+
+def test_unmet_request_says_why():
+    with pytest.raises(RuntimeError, match=r'implementation="triton" cannot be met: .* the tensors are on cpu'):
+        mmattn_torch.rms_norm(torch.randn(2, 5, D), implementation="triton")
+
+
+def python(code: str, **environment) -> str:
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, check=False)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+def test_environment_variable():
+    code = "import torch, mmattn_torch; print(mmattn_torch.explain('rms_norm', torch.ones(1, 1, 8)).reason)"
+    assert "MMATTN_IMPLEMENTATION" in python(code, MMATTN_IMPLEMENTATION="reference")
+
+
+def test_without_triton():
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch, mmattn_torch
+x = torch.ones(2, 3, 8, requires_grad=True)
+mmattn_torch.layernorm_adaln(x, x[:, 0]).sum().backward()
+print(mmattn_torch.explain("rms_norm", x, device="cuda").reason, "torch._dynamo" in sys.modules)
+"""
+    assert python(code) == "triton is not installed False"
+
+
+def test_operands_must_be_tensors_of_one_device():
+    x = randn(2, 5, D)
+    with pytest.raises(TypeError, match=r"weight is a ndarray; expected a torch.Tensor"):
+        mmattn_torch.rms_norm(x, torch.ones(D).numpy())
+    with pytest.raises(TypeError, match=r"x is a list"):
+        mmattn_torch.rms_norm([1.0])
+    with pytest.raises(ValueError, match=r"weight is on meta; expected .*, where x is"):
+        mmattn_torch.rms_norm(x, torch.ones(D, device="meta"))
+
+
+@pytest.mark.parametrize("name", [name for name in mmattn_torch.__all__ if name in mmattn_torch.ops.CORE])
+def test_documentation(name):
+    """help() shows the core's text and a signature that differs from the core's by types and `implementation`."""
+    public, core = getattr(mmattn_torch, name), mmattn_torch.ops.CORE[name]
+    assert inspect.getdoc(public).startswith(inspect.getdoc(core))
+    shape = lambda f: [(p.name, p.kind, p.default) for p in inspect.signature(f).parameters.values() if p.name != "precision"]
+    *parameters, last = shape(public)
+    assert last == ("implementation", inspect.Parameter.KEYWORD_ONLY, None)
+    assert parameters == shape(core)
+    assert all(p.annotation is not p.empty for p in inspect.signature(public).parameters.values())
