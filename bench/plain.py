@@ -34,13 +34,12 @@ class Plain:
         return self.attention(q, k, v)
 
     def qk_norm_rope_attention(self, qkv, q_weight, k_weight, *, over, cos, sin):
-        q, k = (
-            self.cat(
-                [self.rotate(self.qk_norm(x[:, :, i], w, over), *t) for x, w, *t in zip(qkv, weights, cos, sin, strict=True)]
-            )
-            for i, weights in ((0, q_weight), (1, k_weight))
-        )
-        o = self.attention(q, k, self.cat([x[:, :, 2] for x in qkv]))
+        def joint(part, weights):
+            streams = zip(qkv, weights, cos, sin, strict=True)
+            return self.cat([self.rotate(self.qk_norm(x[:, :, part], w, over), c, s) for x, w, c, s in streams])
+
+        v = self.cat([x[:, :, 2] for x in qkv])
+        o = self.attention(joint(0, q_weight), joint(1, k_weight), v)
         first = qkv[0].shape[1]
         return o[:, :first], o[:, first:]
 
@@ -72,8 +71,8 @@ class Plain:
             linear(self.layernorm_adaln(x, m[0], m[1]), f"{p}to_qkv").reshape(*x.shape[:2], 3, heads, -1)
             for x, m, p in zip(streams, rows, projections, strict=True)
         ]
-        weights = ([w(f"{p}rms_norm_{part}.weight") for p in projections] for part in "qk")
-        outs = self.qk_norm_rope_attention(qkv, *weights, over="width", cos=(cos, None), sin=(sin, None))
+        weight = lambda part: [w(f"{p}rms_norm_{part}.weight") for p in projections]
+        outs = self.qk_norm_rope_attention(qkv, weight("q"), weight("k"), over="width", cos=(cos, None), sin=(sin, None))
         results = []
         for x, o, m, p, layer in zip(streams, outs, rows, projections, layers, strict=True):
             o = linear(o.reshape(*x.shape[:2], -1), f"{p}to_out.0")

@@ -38,7 +38,7 @@ def draw(op: str, rows: list[dict]) -> plt.Figure:
     names = [name for name in shapes.OPS[op] if any(row["shape"] == name for row in rows)]
     providers = list(dict.fromkeys(row["provider"] for row in rows))
     figure, axes = plt.subplots(
-        1, len(modes), figsize=(1 + 4.5 * len(modes), 4), sharey=True, squeeze=False, layout="constrained"
+        1, len(modes), figsize=(1.5 + 5 * len(modes), 4.5), sharey=True, squeeze=False, layout="constrained"
     )
     for axis, mode in zip(axes[0], modes, strict=True):
         for i, provider in enumerate(providers):
@@ -56,7 +56,7 @@ def draw(op: str, rows: list[dict]) -> plt.Figure:
                 axis.plot([at - 0.4, at + 0.4], [roof, roof], color="black", linewidth=1)
         axis.set(title=MODES[mode], yscale="log", xlim=(-0.5, len(names) - 0.5))
         sizes = {row["shape"]: row["sizes"] for row in rows}
-        axis.set_xticks(range(len(names)), [f"{name}\n{sizes[name]}" for name in names], fontsize=7)
+        axis.set_xticks(range(len(names)), [f"{name}\n{sizes[name]}" for name in names], fontsize=7, rotation=30)
         axis.grid(axis="y", which="both", alpha=0.3)
     axes[0][0].set_ylabel(f"{unit} (lower is better)" if unit == "ms" else f"{unit} (line: roof)")
     axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))

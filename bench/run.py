@@ -79,11 +79,12 @@ def jax_function(work: Work, mode: str) -> tuple[Callable, list[tuple]]:
     return lambda arrays, douts: jax.vjp(work.fn, *arrays)[1](douts), [(s.arrays, s.douts) for s in work.sets]
 
 
-class Measured(dict):
-    """p20_us, p50_us, p80_us, error, host_us, kernels_us."""
+def timed(times: list[float], error=None, host_us=None, kernels_us=None) -> dict:
+    p20, p50, p80 = timing.quantiles(times)
+    return dict(p20_us=p20, p50_us=p50, p80_us=p80, error=error, host_us=host_us, kernels_us=kernels_us)
 
 
-def measure(p: Problem, provider: str, work: Work, mode: str, exact_results, profile: bool) -> Measured:
+def measure(p: Problem, provider: str, work: Work, mode: str, exact_results, profile: bool) -> dict:
     kernels = host = None
     if work.framework == "torch":
         calls = torch_calls(work, mode)
@@ -102,8 +103,7 @@ def measure(p: Problem, provider: str, work: Work, mode: str, exact_results, pro
             times, kernels = timing.chain(fn, sets, profile)
         else:
             times = timing.jitted(fn, sets)
-    p20, p50, p80 = timing.quantiles(times)
-    return Measured(p20_us=p20, p50_us=p50, p80_us=p80, error=error, host_us=host, kernels_us=kernels)
+    return timed(times, error, host, kernels)
 
 
 def relative_error(p: Problem, mode: str, work: Work, results, exact_results) -> float | None:
@@ -229,12 +229,11 @@ def run_problem(session: Session, p: Problem, modes: Iterable[str], providers: l
         torch.cuda.empty_cache()
     if p.op in shapes.GROUPS["norms"] and not session.over:
         for mode in modes:
-            p20, p50, p80 = timing.quantiles(timing.copy_time(counts[mode].least, len(p.sets)))
-            note(COPY, mode, Measured(p20_us=p20, p50_us=p50, p80_us=p80, error=None, host_us=None, kernels_us=None))
+            note(COPY, mode, timed(timing.copy_time(counts[mode].least, len(p.sets))))
     for mode in modes:
         if rows[mode]:
             ratios = session.write("summary", **about, mode=mode, **summary(rows[mode], top))
-            ours = f"; ours: {counts[mode].launches} launches, {counts[mode].bytes / 1e6:.1f} MB" if mode in counts else ""
+            ours = f"; ours: {counts[mode].launches} launch(es), {counts[mode].bytes / 1e6:.1f} MB" if mode in counts else ""
             print(f"\n{where} ({about['sizes']}) {dtype} {mode}, {len(p.sets)} input sets{ours}")
             print(table(rows[mode], ratios), flush=True)
 

@@ -53,7 +53,7 @@ WIDTH = 64
 STACK = dict(dim_base=WIDTH, num_attn_head=4, dim_feedforward=256, dropout=0.0, conditioning=True, use_cross_attn=True)
 BATCH, LEARNING_RATE = 128, 2e-3
 UNCONDITIONAL = 0.1  # share of the training images whose digit is withheld, which guidance needs
-EULER_STEPS, GUIDANCE = 32, 2.0
+EULER_STEPS, GUIDANCE = 32, 1.5
 PARITY_LIMIT, READ_LIMIT = 1e-4, 0.9
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "")  # the last: no digit in particular
@@ -109,6 +109,7 @@ def batches(images: np.ndarray, digits: np.ndarray, seed: int) -> Iterator[Batch
 
 
 def generator(m, x, time, digit, letters, is_letter):
+    """Inputs -> velocity (B, 16, 4); m holds the layers."""
     y = m.time(time) + m.digit[digit]
     out = m.stack(m.patch_in(x) + m.place[...], y[:, None], context=m.letter[letters], context_mask=is_letter)
     return m.patch_out(out.x_out)
@@ -284,7 +285,7 @@ def choose_device(wanted: str | None) -> str:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--framework", choices=("torch", "jax"), default="torch", help="where to train")
-    parser.add_argument("--steps", type=int, default=1000, help="training steps")
+    parser.add_argument("--steps", type=int, default=800, help="training steps")
     parser.add_argument("--depth", type=int, default=4, help="blocks of the stack")
     parser.add_argument("--out", type=Path, default=Path("out/digits.png"), help="the picture to write")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where both frameworks see a GPU")

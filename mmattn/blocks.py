@@ -187,12 +187,7 @@ def positions(ops, m, x, start_pos):
         return None
     if not isinstance(start_pos, int):
         check.shape(name, "start_pos", start_pos, ("B", (x.shape[0],)), remedy="Give an int, or one start position per sample.")
-    extent = ops.extent(start_pos)
-    if extent is not None and (extent[0] < 0 or extent[1] + tokens > limit):
-        raise ValueError(
-            f"{name}: start_pos reaches from {extent[0]} to {extent[1]}; expected 0 to {limit - tokens}, "
-            f"max_seq_len = {limit} less {tokens} tokens. Move the start, or build the attention with a larger max_seq_len."
-        )
+    check.positions(name, ops.extent(start_pos), tokens, limit)
     return ops.per_sample(start_pos, x)
 
 

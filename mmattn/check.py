@@ -40,6 +40,15 @@ def integer(op: str, name: str, x) -> None:
         raise TypeError(f"{op}: {name} has dtype {dtype_name(x)}; expected int32 or int64. Cast it to int32.")
 
 
+def positions(op: str, extent: tuple[int, int] | None, tokens: int, limit: int) -> None:
+    """The smallest and largest start position, where they can be seen, must leave every token within the table."""
+    if extent is not None and (extent[0] < 0 or extent[1] + tokens > limit):
+        raise ValueError(
+            f"{op}: start_pos reaches from {extent[0]} to {extent[1]}; expected 0 to {limit - tokens}, "
+            f"the {limit} positions of the table less {tokens} tokens. Move the start, or make the table longer."
+        )
+
+
 def boolean(op: str, name: str, x) -> None:
     is_array(op, name, x)
     if dtype_name(x) != "bool":

@@ -423,7 +423,7 @@ def per_stream(op: str, name: str, x, n: int) -> tuple:
     return tuple(x)
 
 
-def norm_operands(op: str, qkv, q_weight, k_weight, over, eps, cos, sin, start_pos, layout):
+def norm_operands(op: str, qkv, q_weight, k_weight, over, eps, cos, sin, start_pos, layout, start_extent):
     """Checked operands and static arguments of the norm and rotation."""
     streams = tuple(qkv) if isinstance(qkv, tuple | list) else (qkv,)
     n = len(streams)
@@ -469,13 +469,17 @@ def norm_operands(op: str, qkv, q_weight, k_weight, over, eps, cos, sin, start_p
     if start_pos is not None:
         check.shape(op, "start_pos", start_pos, ("B", (streams[0].shape[0],)), remedy="Give one start position per sample.")
         check.integer(op, "start_pos", start_pos)
+        for x, t in zip(streams, cos, strict=True):
+            if t is not None:
+                check.positions(op, start_extent, x.shape[1], t.shape[0])
     operands = dict(qkv=streams, q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin, start_pos=start_pos)
     return operands, dict(over=over, eps=check.eps(op, eps), layout=layout)
 
 
 def qk_norm_rope(
-    qkv, q_weight, k_weight, *, over, eps: float = 1.1920929e-7, cos=None, sin=None, start_pos=None, layout: str = "interleaved"
-) -> Call:
+    qkv, q_weight, k_weight, *, over, eps: float = 1.1920929e-7, cos=None, sin=None, start_pos=None, layout: str = "interleaved",
+    start_extent: tuple[int, int] | None = None,
+) -> Call:  # fmt: skip
     """q, k = RoPE(RMSNorm(q) * q_weight), RoPE(RMSNorm(k) * k_weight) for each stream of packed projections.
 
     qkv        (B, L_s, 3, H, d) per stream, float32, bfloat16 or float16; d a multiple of 8, 8 to 128.
@@ -483,8 +487,8 @@ def qk_norm_rope(
     over       "width" normalises all heads together, before the head split; "head" each head by itself.
     eps        added to the mean square; the default is what torch.nn.RMSNorm(eps=None) means.
     cos, sin   (S, d/2) float32 per stream: row p holds the angles of position p; None for a stream that is not rotated.
-    start_pos  (B,) int32: position of each sample's first token, 0 where absent. Positions beyond the table, if they cannot
-               be seen before the launch, are clamped to it.
+    start_pos  (B,) int32: position of each sample's first token, 0 where absent. Positions beyond the table raise where they
+               can be seen, in CPU values, and are clamped to it where they cannot, on a device or under trace.
     layout     pairs are elements (2i, 2i + 1) of a head ("interleaved") or (i, i + d/2) ("half").
     returns    (q, k), each a tuple over streams of (B, L_s, H, d) in qkv's dtype, or an array where qkv is one.
 
@@ -492,7 +496,9 @@ def qk_norm_rope(
     QK-norm: Henry et al. 2020, arXiv:2010.04245. RoPE: Su et al. 2021, arXiv:2104.09864. Mind that half-split and
     interleaved RoPE differ only by a permutation of the head, but weights trained for one are wrong for the other.
     """
-    operands, static = norm_operands("qk_norm_rope", qkv, q_weight, k_weight, over, eps, cos, sin, start_pos, layout)
+    operands, static = norm_operands(
+        "qk_norm_rope", qkv, q_weight, k_weight, over, eps, cos, sin, start_pos, layout, start_extent
+    )
     n = len(operands["qkv"])
     single = not isinstance(qkv, tuple | list)
     result = lambda outs: (outs[0], outs[1]) if single else (tuple(outs[:n]), tuple(outs[n:]))

@@ -16,9 +16,8 @@ import jax.numpy as jnp
 
 from mmattn.op import Plan
 
-EXPORT_CHECKS = tuple(
-    jax.export.DisabledSafetyCheck.custom_call(name) for name in ("triton_kernel_call", "triton_kernel_call_ffi")
-)
+CUSTOM_CALLS = ("triton_kernel_call", "triton_kernel_call_ffi")  # of 0.3 and of 0.4
+EXPORT_CHECKS = tuple(map(jax.export.DisabledSafetyCheck.custom_call, CUSTOM_CALLS))
 """Pass as `disabled_checks` to `jax.export.export` to export a function with kernels for CUDA."""
 
 

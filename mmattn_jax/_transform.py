@@ -60,7 +60,7 @@ def lead(avals, roles: Sequence[Role]):
 
 
 def like(aval, s: Spec):
-    """The aval of a result: an operand's, so that its mesh axes go on, sharded along the leading axis only if the shape differs."""
+    """The aval of a result: an operand's, so that its mesh axes go on, the trailing ones only if it has the same shape."""
     sharding = aval.sharding
     if aval.shape != s.shape:
         sharding = sharding.update(spec=PartitionSpec(sharding.spec[0], *[None] * (len(s.shape) - 1)))
@@ -152,7 +152,7 @@ def partitioned(compute: Callable, arrays, ins: Sequence[Role], outs: Sequence[R
             for i, (x, role) in enumerate(zip(types, roles, strict=True))
         ]
         text = ", ".join(terms[: len(ins)]) + " -> " + ", ".join(terms[len(ins) :])
-        return text, dict(need_replication_factors=tuple(sorted(set(" ".join(terms).split()) - {"b"})))
+        return text, dict(need_replication_factors=tuple(term for term in " ".join(terms).split() if term != "b"))
 
     call = custom_partitioning(lambda *arrays: compute(*arrays))
     call.def_partition(partition=partition, sharding_rule=rule)

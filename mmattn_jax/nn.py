@@ -27,17 +27,6 @@ def _vector(weight: nnx.Param) -> jax.Array:
     return weight[...].astype(jnp.promote_types(weight.dtype, jnp.float32))
 
 
-def _extent(start_pos) -> tuple[int, int] | None:
-    if isinstance(start_pos, int):
-        return start_pos, start_pos
-    if isinstance(start_pos, jax.Array) and (
-        isinstance(start_pos, jax.core.Tracer) or any(d.platform != "cpu" for d in start_pos.devices())
-    ):
-        return None
-    values = np.asarray(start_pos)
-    return (int(values.min()), int(values.max())) if values.size else None
-
-
 def _per_sample(start_pos, x: jax.Array) -> jax.Array:
     if isinstance(start_pos, int):
         return jnp.full((x.shape[0],), start_pos, jnp.int32)
@@ -58,7 +47,7 @@ ops = SimpleNamespace(
     angles=_angles,
     vector=_vector,
     where=jnp.where,
-    extent=_extent,
+    extent=_ops.extent,
     per_sample=_per_sample,
 )
 

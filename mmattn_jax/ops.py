@@ -42,6 +42,20 @@ def checked(name: str, args, kwargs) -> Call:
     return getattr(mmattn, name)(*args, **kwargs)
 
 
+def extent(start_pos) -> tuple[int, int] | None:
+    """Smallest and largest start position; None where they cannot be seen without a synchronisation."""
+    if start_pos is None:
+        return None
+    if isinstance(start_pos, int):
+        return start_pos, start_pos
+    if isinstance(start_pos, jax.Array) and (
+        isinstance(start_pos, jax.core.Tracer) or any(d.platform != "cpu" for d in start_pos.devices())
+    ):
+        return None
+    values = np.asarray(start_pos)
+    return (int(values.min()), int(values.max())) if values.size else None
+
+
 def precision() -> str:
     """How float32 products are taken: jax_default_matmul_precision, of which the kernels know two; IEEE where it is not set."""
     return "ieee" if jax.config.jax_default_matmul_precision in (None, "highest", "float32", "F32_F32_F32") else "tf32"
@@ -113,7 +127,7 @@ def qk_norm_rope(
     layout: Literal["interleaved", "half"] = "interleaved",
     implementation: Implementation | None = None,
 ) -> tuple[ArrayStreams, ArrayStreams]:
-    rotation = dict(cos=cos, sin=sin, start_pos=start_pos, layout=layout)
+    rotation = dict(cos=cos, sin=sin, start_pos=start_pos, layout=layout, start_extent=extent(start_pos))
     return call("qk_norm_rope", qkv, q_weight, k_weight, over=over, eps=eps, **rotation, implementation=implementation)
 
 
@@ -154,7 +168,7 @@ def qk_norm_rope_attention(
     return_lse: bool = False,
     implementation: Implementation | None = None,
 ) -> ArrayStreams | tuple[ArrayStreams, ArrayStreams]:
-    rotation = dict(cos=cos, sin=sin, start_pos=start_pos, layout=layout)
+    rotation = dict(cos=cos, sin=sin, start_pos=start_pos, layout=layout, start_extent=extent(start_pos))
     masks = dict(attn_mask=attn_mask, key_masks=key_masks, causal=causal)
     how = dict(scale=scale, return_lse=return_lse, precision=precision(), implementation=implementation)
     return call("qk_norm_rope_attention", qkv, q_weight, k_weight, over=over, eps=eps, **rotation, **masks, **how)

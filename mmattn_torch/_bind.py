@@ -355,7 +355,7 @@ def without_autocast(device: torch.device):
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that matrix products take under autocast, None outside of it."""
-    enabled = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    enabled = device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type)
     return torch.get_autocast_dtype(device.type) if enabled else None
 
 

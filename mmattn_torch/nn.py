@@ -15,17 +15,6 @@ from . import ops as _ops
 __all__ = ["AttentionOutput", "GPT2Block", "GPT2Stack", "RMSNormSelfAttention", "RMSNormSelfCrossAttention"]
 
 
-def _extent(start_pos) -> tuple[int, int] | None:
-    if isinstance(start_pos, int):
-        return start_pos, start_pos
-    if isinstance(start_pos, Tensor):
-        if torch.compiler.is_compiling() or start_pos.device.type != "cpu":
-            return None
-        if type(start_pos) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(start_pos):
-            return None
-    return (int(start_pos.min()), int(start_pos.max())) if len(start_pos) else None
-
-
 def _per_sample(start_pos, x: Tensor) -> Tensor:
     if isinstance(start_pos, int):
         return torch.full((x.shape[0],), start_pos, dtype=torch.int32, device=x.device)
@@ -42,7 +31,7 @@ ops = SimpleNamespace(
     angles=lambda m, n: (m.cos, m.sin),
     vector=lambda weight: weight,
     where=torch.where,
-    extent=_extent,
+    extent=_ops.extent,
     per_sample=_per_sample,
 )
 

@@ -51,6 +51,18 @@ def autocast(x):
     return x if dtype is None else x.to(dtype)
 
 
+def extent(start_pos) -> tuple[int, int] | None:
+    """Smallest and largest start position; None where they cannot be seen without a synchronisation."""
+    if isinstance(start_pos, int):
+        return start_pos, start_pos
+    if isinstance(start_pos, Tensor):
+        if torch.compiler.is_compiling() or start_pos.device.type != "cpu":
+            return None
+        if type(start_pos) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(start_pos):
+            return None
+    return (int(start_pos.min()), int(start_pos.max())) if len(start_pos) else None
+
+
 @constant_under_compile
 def precision() -> str:
     """How float32 products are taken: torch.get_float32_matmul_precision, of which the kernels know two."""
@@ -119,7 +131,9 @@ def qk_norm_rope(
     layout: Literal["interleaved", "half"] = "interleaved",
     implementation: Implementation | None = None,
 ) -> tuple[Streams, Streams]:
-    static = dict(over=over, eps=constant(eps), cos=cos, sin=sin, start_pos=start_pos, layout=layout)
+    static = dict(
+        over=over, eps=constant(eps), cos=cos, sin=sin, start_pos=start_pos, layout=layout, start_extent=extent(start_pos)
+    )
     return execute(mmattn.qk_norm_rope(qkv, q_weight, k_weight, **static), implementation)
 
 
@@ -162,7 +176,9 @@ def qk_norm_rope_attention(
     return_lse: bool = False,
     implementation: Implementation | None = None,
 ) -> Streams | tuple[Streams, Streams]:
-    norm = dict(over=over, eps=constant(eps), cos=cos, sin=sin, start_pos=start_pos, layout=layout)
+    norm = dict(
+        over=over, eps=constant(eps), cos=cos, sin=sin, start_pos=start_pos, layout=layout, start_extent=extent(start_pos)
+    )
     masks = dict(attn_mask=attn_mask, key_masks=key_masks, causal=causal)
     call = mmattn.qk_norm_rope_attention(
         autocast(qkv), q_weight, k_weight, **norm, **masks, scale=constant(scale), return_lse=return_lse, precision=precision()

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
 import os
 
 import numpy as np
 import pytest
+from frameworks import GPU, INSTALLED, framework_of
 
+from mmattn.op import Target
 
-def gpu_present() -> bool:
-    try:
-        return ctypes.CDLL("libcuda.so.1").cuInit(0) == 0
-    except OSError:
-        return False
-
-
-GPU = gpu_present()
-TORCH, JAX = (importlib.util.find_spec(name) is not None for name in ("torch", "jax"))
+TORCH, JAX = ("torch" in INSTALLED, "jax" in INSTALLED)
+SMALL_GPU = Target(sms=1)  # so that a program walks several blocks of tokens in small cases too
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # torch works on the same GPU
@@ -49,11 +42,9 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(params=["torch", "jax"])
 def framework(request):
     """Each framework in turn."""
-    import frameworks
-
-    if request.param not in frameworks.INSTALLED:
+    if request.param not in INSTALLED:
         pytest.skip(f"{request.param} is not installed")
-    return frameworks.framework(request.param)
+    return framework_of(request.param)
 
 
 @pytest.fixture
@@ -72,10 +63,12 @@ def kernels(monkeypatch):
     if TORCH:
         monkeypatch.setattr(_bind, "launch", interpreted.torch_launch)
         monkeypatch.setattr(_bind, "problem", lambda device: None)
+        monkeypatch.setattr(_bind, "target", lambda device: SMALL_GPU)
     if JAX:
         from mmattn_jax import _bind as jax_bind
 
         monkeypatch.setattr(jax_bind, "host_launch", interpreted.jax_launch)
+        monkeypatch.setattr(jax_bind, "target", lambda: SMALL_GPU)
 
 
 def poison(x):

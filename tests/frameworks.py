@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 from functools import cache, partial
 from types import SimpleNamespace
@@ -14,6 +15,15 @@ from cases import LEAVES, Case
 import mmattn
 from mmattn.op import dtype_name
 
+
+def gpu_present() -> bool:
+    try:
+        return ctypes.CDLL("libcuda.so.1").cuInit(0) == 0
+    except OSError:
+        return False
+
+
+GPU = gpu_present()
 EPS = dict(float64=2.0**-52, float32=2.0**-23, float16=2.0**-10, bfloat16=2.0**-7)  # an ulp at 1
 
 
@@ -82,13 +92,21 @@ def exact_outputs(case: Case, dtype: str) -> dict[str, np.ndarray]:
 
 
 class Namespace:
-    """An array namespace with an einsum of its own."""
+    """An array namespace with some functions of its own."""
 
-    def __init__(self, xp, einsum):
-        self.xp, self.einsum = xp, einsum
+    def __init__(self, xp, **own):
+        self.xp = xp
+        vars(self).update(own)
 
     def __getattr__(self, name):
         return getattr(self.xp, name)
+
+
+def transposed(equation: str) -> tuple[str, str]:
+    """The einsums of an einsum's gradients: the first operand's of (g, b), the second's of (a, g)."""
+    operands, out = equation.split("->")
+    a, b = operands.split(",")
+    return f"{out},{b}->{a}", f"{a},{out}->{b}"
 
 
 class Torch:
@@ -118,28 +136,31 @@ class Torch:
         return Result({name: self.get(x) for name, x in results.items()}, {name: dtype_name(x) for name, x in results.items()})
 
     def formula(self, case: Case, arrays: dict, douts: dict, dtypes: dict, dot: str) -> Result:
-        xp = Namespace(self.torch, partial(self.einsum, getattr(self.torch, dot)))
-        return self.differentiate(lambda arrays: formula(xp, case, arrays), case, arrays, douts, dtypes)
+        return self.differentiate(lambda arrays: formula(self.rounding(dot), case, arrays), case, arrays, douts, dtypes)
 
-    def einsum(self, dtype, equation: str, a, b):
-        """torch.einsum of operands rounded to dtype, and so are those of its gradient."""
-        torch = self.torch
+    def rounding(self, name: str) -> Namespace:
+        """torch, but dots take operands rounded to a dtype, in their gradients too, and P = exp(S) is rounded before its sum."""
+        torch, dtype = self.torch, getattr(self.torch, name)
         fit = lambda x: x.to(dtype).to(x.dtype)
-        ab, out = equation.split("->")
-        one, other = ab.split(",")
 
         class Einsum(torch.autograd.Function):
             @staticmethod
-            def forward(ctx, a, b):
+            def forward(ctx, equation, a, b):
+                ctx.equation = equation
                 ctx.save_for_backward(fit(a), fit(b))
-                return torch.einsum(equation, *ctx.to_save)
+                return torch.einsum(equation, fit(a), fit(b))
 
             @staticmethod
             def backward(ctx, g):
                 a, b = ctx.saved_tensors
-                return torch.einsum(f"{out},{other}->{one}", fit(g), b), torch.einsum(f"{one},{out}->{other}", a, fit(g))
+                for_a, for_b = transposed(ctx.equation)
+                return None, torch.einsum(for_a, fit(g), b), torch.einsum(for_b, a, fit(g))
 
-        return Einsum.apply(a, b)
+        def exp(x):
+            y = torch.exp(x)
+            return y + (fit(y) - y).detach()
+
+        return Namespace(torch, einsum=Einsum.apply, exp=exp)
 
 
 class Jax:
@@ -176,27 +197,29 @@ class Jax:
 
     def formula(self, case: Case, arrays: dict, douts: dict, dtypes: dict, dot: str) -> Result:
         with self.jax.enable_x64(True), self.jax.default_matmul_precision("highest"):
-            xp = Namespace(self.jax.numpy, partial(self.einsum, dot))
+            xp = self.rounding(dot)
             return self.differentiate(lambda arrays: formula(xp, case, arrays), case, arrays, douts, dtypes)
 
-    def einsum(self, dtype: str, equation: str, a, b):
-        """jnp.einsum of operands rounded to dtype, and so are those of its gradient."""
-        jax, kind = self.jax, ml_dtypes.finfo(numpy_dtype(dtype))
+    def rounding(self, name: str) -> Namespace:
+        """jax.numpy with the same roundings as torch's."""
+        jax, jnp, kind = self.jax, self.jax.numpy, ml_dtypes.finfo(numpy_dtype(name))
         fit = lambda x: jax.lax.reduce_precision(x, kind.nexp, kind.nmant)  # XLA may drop a cast and its inverse
-        ab, out = equation.split("->")
-        one, other = ab.split(",")
 
-        @jax.custom_vjp
-        def einsum(a, b):
-            return jax.numpy.einsum(equation, fit(a), fit(b))
+        @partial(jax.custom_vjp, nondiff_argnums=(0,))
+        def einsum(equation, a, b):
+            return jnp.einsum(equation, fit(a), fit(b))
 
-        def backward(kept, g):
+        def backward(equation, kept, g):
             a, b = kept
-            grads = jax.numpy.einsum(f"{out},{other}->{one}", fit(g), b), jax.numpy.einsum(f"{one},{out}->{other}", a, fit(g))
-            return tuple(grads)
+            for_a, for_b = transposed(equation)
+            return jnp.einsum(for_a, fit(g), b), jnp.einsum(for_b, a, fit(g))
 
-        einsum.defvjp(lambda a, b: (einsum(a, b), (fit(a), fit(b))), backward)
-        return einsum(a, b)
+        def exp(x):
+            y = jnp.exp(x)
+            return y + jax.lax.stop_gradient(fit(y) - y)
+
+        einsum.defvjp(lambda equation, a, b: (einsum(equation, a, b), (fit(a), fit(b))), backward)
+        return Namespace(jnp, einsum=einsum, exp=exp)
 
 
 FRAMEWORKS = dict(torch=Torch, jax=Jax)
@@ -204,16 +227,28 @@ INSTALLED = [name for name in FRAMEWORKS if importlib.util.find_spec(name)]
 
 
 @cache
-def framework(name: str):
+def framework_of(name: str):
     return FRAMEWORKS[name]()
 
 
-def call(framework, case: Case, dtype: str, implementation: str = "triton") -> Result:
-    """The public function and its gradients in dtype."""
+def call(framework, case: Case, dtype: str, implementation: str = "triton", times: int = 1) -> Result:
+    """The public function and its gradients in dtype; `times`: on a batch that repeats the case's so often."""
     function = getattr(framework.ops, case.call)
     dtypes = {name: leaf.dtype or dtype for name, leaf in walk(case.operands)}
     run = lambda arrays: function(**fill(case.operands, arrays), **case.static, implementation=implementation)
-    return framework.differentiate(run, case, operands(case, dtype), cotangents(case, dtype), dtypes)
+    arrays, douts = operands(case, dtype), cotangents(case, dtype)
+    if times > 1:
+        repeat = lambda x: np.concatenate([x] * times)
+        shared = shared_names(case)
+        arrays = {name: x if name in shared else repeat(x) for name, x in arrays.items()}
+        douts = {name: repeat(x) for name, x in douts.items()}
+    return framework.differentiate(run, case, arrays, douts, dtypes)
+
+
+def shared_names(case: Case) -> set[str]:
+    """The operands that all samples share, by name."""
+    core = getattr(mmattn, case.call)(**fill(case.operands, operands(case, "float32")), **case.static)
+    return {name for name, _ in walk(case.operands) if name.split("[")[0] in core.op.shared}
 
 
 @cache
@@ -221,7 +256,7 @@ def formula_in(case: Case, dtype: str, precision: str, rounded_dots: bool = Fals
     """The formula and its gradients in float64 or float32, at the operands and cotangents that dtype holds."""
     dtypes = {name: precision if leaf.differentiable else leaf.dtype for name, leaf in walk(case.operands)}
     dot = dtype if rounded_dots else precision
-    return framework(INSTALLED[0]).formula(case, operands(case, dtype), cotangents(case, dtype), dtypes, dot)
+    return framework_of(INSTALLED[0]).formula(case, operands(case, dtype), cotangents(case, dtype), dtypes, dot)
 
 
 def distance(x: np.ndarray, exact: np.ndarray, norm) -> float:
@@ -241,7 +276,7 @@ SOFTMAX = ("joint_attention", "qk_norm_rope_attention")
 def check(case: Case, dtype: str, result: Result) -> None:
     """At most twice as far from float64 as the float32 formula rounded once, plus half an ulp.
 
-    Softmax attention's formula takes dots of rounded operands, P among them, as tensor cores do. There the largest error is
+    Softmax attention's formula takes dots of rounded operands, and P is rounded, as for tensor cores. There the largest error is
     looked at too, at most three times as far, since one value is a noisier measure than all.
     """
     exact, plain = formula_in(case, dtype, "float64"), formula_in(case, dtype, "float32", case.call in SOFTMAX)

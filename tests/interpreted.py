@@ -5,7 +5,7 @@ kernels come from a second copy of the `mmattn` package, imported while Triton i
 from another are interpreted too; a test may put a mutated copy in its place (`package`).
 
 What Triton's interpreter leaves to us:
-- float32 -> bfloat16 truncates, and a bfloat16 dot multiplies bit patterns; both go through ml_dtypes here.
+- float32 -> bfloat16 truncates, and bfloat16 dots and arithmetic take bit patterns; all go through ml_dtypes here.
 - `tl.cdiv`, `tl.sum`, ... are JIT functions when Triton was imported without TRITON_INTERPRET; here they run as Python.
 - calling a device function patches `triton.language` and never restores it, after which nothing compiles; here only the
   launch patches, and restores.
@@ -21,6 +21,7 @@ import pkgutil
 import re
 import sys
 import threading
+import warnings
 from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -86,7 +87,7 @@ def package(folder: Path):
 
 ORIGINAL = {
     name: getattr(interpreter.InterpreterBuilder, name)
-    for name in ("cast_impl", "create_dot", "create_masked_load", "create_masked_store")
+    for name in ("binary_op", "cast_impl", "create_dot", "create_masked_load", "create_masked_store")
 }
 
 
@@ -108,13 +109,26 @@ class Builder:
     def create_dot(self, a, b, *rest):
         return ORIGINAL["create_dot"](self, widened(a), widened(b), *rest)
 
+    def binary_op(self, lhs, rhs, op):
+        out = ORIGINAL["binary_op"](self, widened(lhs), widened(rhs), op)
+        if lhs.dtype.scalar != tl.bfloat16 or out.data.dtype == np.bool_:
+            return out
+        return self.cast_impl(out, tl.bfloat16)
+
     def create_masked_load(self, ptrs, mask, *rest):
+        mask = as_mask(mask)
         check_addresses("load", ptrs, mask)
         return ORIGINAL["create_masked_load"](self, ptrs, mask, *rest)
 
     def create_masked_store(self, ptrs, value, mask, *rest):
+        mask = as_mask(mask)
         check_addresses("store", ptrs, mask)
         return ORIGINAL["create_masked_store"](self, ptrs, value, mask, *rest)
+
+
+def as_mask(x):
+    """A comparison's result keeps the dtype of what was compared, and takes it on when it is broadcast."""
+    return interpreter.TensorHandle(x.data.astype(bool), tl.int1)
 
 
 def widened(x):
@@ -150,6 +164,7 @@ def interpreting():
     changes += [(owner, dict(__call__=call_device_function)) for owner in (JITFunction, interpreter.InterpretedFunction)]
     with contextlib.ExitStack() as stack:
         stack.enter_context(np.errstate(all="ignore"))
+        stack.enter_context(warnings.catch_warnings(category=RuntimeWarning, action="ignore"))  # nanmax of nothing but NaN
         for owner, replacements in changes:
             for name, replacement in replacements.items():
                 stack.enter_context(patch.object(owner, name, replacement, create=True))

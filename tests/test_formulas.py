@@ -41,7 +41,7 @@ def test_frameworks_run_the_same_formula(case):
     dtypes = {name: "float64" if leaf.differentiable else leaf.dtype for name, leaf in frameworks.walk(case.operands)}
     values = frameworks.exact_outputs(case, "float64")
     for name in frameworks.INSTALLED:
-        result = frameworks.framework(name).formula(case, arrays, douts, dtypes, "float64")
+        result = frameworks.framework_of(name).formula(case, arrays, douts, dtypes, "float64")
         expected = frameworks.formula_in(case, "float64", "float64").values | values
         assert result.values.keys() == expected.keys()
         for key, x in result.values.items():

@@ -15,7 +15,7 @@ each_case = pytest.mark.parametrize("case, dtype", TABLE, scope="module")  # the
 
 @lru_cache(maxsize=4)  # the comparison of the frameworks reads what the tests just before it have computed
 def kernels_of(name: str, case, dtype: str) -> frameworks.Result:
-    return frameworks.call(frameworks.framework(name), case, dtype)
+    return frameworks.call(frameworks.framework_of(name), case, dtype)
 
 
 def assert_same_bits(a: frameworks.Result, b: frameworks.Result) -> None:

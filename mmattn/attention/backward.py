@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from .._triton import tl, triton
-from .forward import LN2
-from .tokens import allowed, exp2, kept, load_tokens, stream_of
+from .tokens import allowed, kept, load_tokens, power, stream_of
 
 
 @triton.jit
 def attention_delta_body(
     o_ptrs,  # (B, L_s, H, d)
     do_ptrs,  # (B, L_s, H, d)
-    lse_ptrs,  # (B, H, L_s) float32, base 2
+    lse_ptrs,  # (B, H, L_s) float32, as the forward wrote it
     dlse_ptrs,  # (B, H, L_s) float32
     delta_ptrs,  # (B, H, L_s) float32
     LENGTHS,
     HEADS,
     WIDTH,
     SHIFTED,  # whether dlse is given
+    EXACT,
     ROWS,
     COLS,
 ):
@@ -41,19 +41,24 @@ def attention_delta_body(
             at = batch * rows_of_stream + row % HEADS * LENGTHS[t] + row // HEADS
             if SHIFTED:
                 delta -= tl.load(dlse_ptrs[t] + at, mask=row < rows_of_stream, other=0.0)
-            lse = tl.load(lse_ptrs[t] + at, mask=row < rows_of_stream, other=float("-inf"))
+            lse = tl.load(lse_ptrs[t] + (2 * at if EXACT else at), mask=row < rows_of_stream, other=float("-inf"))
             delta = tl.where(lse == float("-inf"), 0.0, delta)
             tl.store(delta_ptrs[t] + at, delta, mask=row < rows_of_stream)
         block -= here
 
 
 @triton.jit
-def load_row_statistics(lse_ptr, delta_ptr, at, query, length):
-    """lse and delta of some queries; an empty row's lse reads as +inf, so that its P is 0."""
+def load_row_statistics(lse_ptr, delta_ptr, at, query, length, EXACT: tl.constexpr):
+    """What a row's scores are shifted by (+inf for an empty row, so that its P is 0), P's factor besides, and delta."""
     inside = query < length
-    lse = tl.load(lse_ptr + at + query, mask=inside, other=float("-inf"))
     delta = tl.load(delta_ptr + at + query, mask=inside, other=0.0)
-    return tl.where(lse == float("-inf"), float("inf"), lse), delta
+    if EXACT:
+        shift = tl.load(lse_ptr + 2 * (at + query), mask=inside, other=float("-inf"))
+        factor = 1.0 / tl.load(lse_ptr + 2 * (at + query) + 1, mask=inside, other=1.0)
+    else:
+        shift = tl.load(lse_ptr + at + query, mask=inside, other=float("-inf"))
+        factor = tl.full(query.shape, 1.0, tl.float32)
+    return tl.where(shift == float("-inf"), float("inf"), shift), factor, delta
 
 
 @triton.jit
@@ -61,7 +66,7 @@ def gather_queries(
     dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, query_mask_ptr, mask_ptr, rows_ptr, cols_ptr, batch, statistics,
     i, t, start, key, length, first_length, q_stride, do_stride,
     SCALE: tl.constexpr, WIDTH: tl.constexpr, QUERY_MASKED: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr, QUERIES: tl.constexpr, COLS: tl.constexpr, TAIL: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr, QUERIES: tl.constexpr, COLS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """What one block of queries adds to dk and dv [KEYS, COLS]; scores are held transposed, [KEYS, QUERIES]."""
     query = start + tl.arange(0, QUERIES)
@@ -70,9 +75,11 @@ def gather_queries(
     keep = kept(query_mask_ptr, batch, query, length, QUERY_MASKED)
     q = load_tokens(q_ptr, batch, query, length, q_stride, cols, WIDTH, keep, whole).to(v.dtype)  # [QUERIES, COLS]
     do = load_tokens(do_ptr, batch, query, length, do_stride, cols, WIDTH, keep, whole)
-    lse, delta = load_row_statistics(lse_ptr, delta_ptr, statistics, query, length)  # [QUERIES]
+    shift, factor, delta = load_row_statistics(lse_ptr, delta_ptr, statistics, query, length, EXACT)  # [QUERIES]
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * SCALE  # [KEYS, QUERIES]
-    p = exp2(s - lse[None, :], v.dtype == tl.float32 and PRECISION == "ieee")
+    p = power(s - shift[None, :], EXACT)
+    if EXACT:
+        p *= factor[None, :]
     if CAUSAL or MASKED:
         valid = allowed(mask_ptr, rows_ptr, cols_ptr, batch, i, t, query[None, :], key[:, None], first_length, CAUSAL, MASKED)
         p = tl.where(valid, p, 0.0)
@@ -93,7 +100,7 @@ def joint_attention_bwd_dkdv_body(
     rows_ptr,
     cols_ptr,
     do_ptrs,  # (B, L_s, H, d)
-    lse_ptrs,  # (B, H, L_s) float32, base 2
+    lse_ptrs,  # (B, H, L_s) float32, as the forward wrote it
     delta_ptrs,  # (B, H, L_s) float32
     dk_ptrs,  # (B, L_s, H, d)
     dv_ptrs,  # (B, L_s, H, d)
@@ -109,6 +116,8 @@ def joint_attention_bwd_dkdv_body(
     CAUSAL,
     MASKED,
     PRECISION,
+    EXACT,
+    GRADIENT_SCALE,  # softmax scale
     QUERIES,
     KEYS,
     COLS,
@@ -147,15 +156,15 @@ def joint_attention_bwd_dkdv_body(
             dk, dv = gather_queries(
                 dk, dv, k, v, q_ptr, do_ptr, lse_ptrs[i], delta_ptrs[i], key_mask_ptrs[i], mask_ptr, rows_ptr, cols_ptr, batch,
                 statistics, i, t, start, key, LENGTHS[i], LENGTHS[0], Q_STRIDES_[i], HEADS * WIDTH,
-                SCALE, WIDTH, KEY_MASKS_[i], CAUSAL, MASKED, PRECISION, QUERIES, COLS, TAIL=False,
+                SCALE, WIDTH, KEY_MASKS_[i], CAUSAL, MASKED, PRECISION, EXACT, QUERIES, COLS, TAIL=False,
             )  # fmt: skip
         if full < LENGTHS[i]:
             dk, dv = gather_queries(
                 dk, dv, k, v, q_ptr, do_ptr, lse_ptrs[i], delta_ptrs[i], key_mask_ptrs[i], mask_ptr, rows_ptr, cols_ptr, batch,
                 statistics, i, t, full, key, LENGTHS[i], LENGTHS[0], Q_STRIDES_[i], HEADS * WIDTH,
-                SCALE, WIDTH, KEY_MASKS_[i], CAUSAL, MASKED, PRECISION, QUERIES, COLS, TAIL=True,
+                SCALE, WIDTH, KEY_MASKS_[i], CAUSAL, MASKED, PRECISION, EXACT, QUERIES, COLS, TAIL=True,
             )  # fmt: skip
-    dk = tl.where(keep[:, None], dk * (SCALE * LN2), 0.0)
+    dk = tl.where(keep[:, None], dk * GRADIENT_SCALE, 0.0)
     dv = tl.where(keep[:, None], dv, 0.0)
     at = (batch * length + key)[:, None] * (HEADS * WIDTH) + head * WIDTH + cols[None, :]
     inside = (key < length)[:, None] & (cols < WIDTH)[None, :]
@@ -165,10 +174,10 @@ def joint_attention_bwd_dkdv_body(
 
 @triton.jit
 def gather_keys(
-    dq, q, do, lse, delta, k_ptr, v_ptr, key_mask_ptr, mask_ptr, rows_ptr, cols_ptr, batch, i, t, query, start,
+    dq, q, do, shift, factor, delta, k_ptr, v_ptr, key_mask_ptr, mask_ptr, rows_ptr, cols_ptr, batch, i, t, query, start,
     length, first_length, k_stride, v_stride,
     SCALE: tl.constexpr, WIDTH: tl.constexpr, KEY_MASKED: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr, KEYS: tl.constexpr, COLS: tl.constexpr, TAIL: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr, KEYS: tl.constexpr, COLS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """What one block of keys adds to dq [QUERIES, COLS]."""
     key = start + tl.arange(0, KEYS)
@@ -178,7 +187,9 @@ def gather_keys(
     v = load_tokens(v_ptr, batch, key, length, v_stride, cols, WIDTH, keep, whole)  # [KEYS, COLS]
     k = load_tokens(k_ptr, batch, key, length, k_stride, cols, WIDTH, keep, whole).to(v.dtype)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * SCALE  # [QUERIES, KEYS]
-    p = exp2(s - lse[:, None], v.dtype == tl.float32 and PRECISION == "ieee")
+    p = power(s - shift[:, None], EXACT)
+    if EXACT:
+        p *= factor[:, None]
     if not whole:
         p = tl.where(keep[None, :], p, 0.0)
     if CAUSAL or MASKED:
@@ -214,6 +225,8 @@ def joint_attention_bwd_dq_body(
     CAUSAL,
     MASKED,
     PRECISION,
+    EXACT,
+    GRADIENT_SCALE,
     QUERIES,
     KEYS,
     COLS,
@@ -240,7 +253,7 @@ def joint_attention_bwd_dq_body(
     q = load_tokens(q_ptr + head * WIDTH, batch, query, length, q_stride, cols, WIDTH, keep, False)  # [QUERIES, COLS]
     q = q.to(v_ptrs[0].dtype.element_ty)
     do = load_tokens(do_ptr + head * WIDTH, batch, query, length, HEADS * WIDTH, cols, WIDTH, keep, False)
-    lse, delta = load_row_statistics(lse_ptr, delta_ptr, (batch * HEADS + head) * length, query, length)
+    shift, factor, delta = load_row_statistics(lse_ptr, delta_ptr, (batch * HEADS + head) * length, query, length, EXACT)
     dq = tl.zeros((QUERIES, COLS), tl.float32)
     for t in tl.static_range(len(k_ptrs)):
         k_ptr = k_ptrs[t] + head * WIDTH
@@ -251,17 +264,19 @@ def joint_attention_bwd_dq_body(
         full = end // KEYS * KEYS
         for start in range(0, full, KEYS):
             dq = gather_keys(
-                dq, q, do, lse, delta, k_ptr, v_ptr, key_mask_ptrs[t], mask_ptr, rows_ptr, cols_ptr, batch, i, t, query, start,
+                dq, q, do, shift, factor, delta, k_ptr, v_ptr, key_mask_ptrs[t], mask_ptr, rows_ptr, cols_ptr, batch,
+                i, t, query, start,
                 LENGTHS[t], LENGTHS[0], K_STRIDES_[t], V_STRIDES_[t],
-                SCALE, WIDTH, KEY_MASKS_[t], CAUSAL, MASKED, PRECISION, KEYS, COLS, TAIL=False,
+                SCALE, WIDTH, KEY_MASKS_[t], CAUSAL, MASKED, PRECISION, EXACT, KEYS, COLS, TAIL=False,
             )  # fmt: skip
         if full < end:
             dq = gather_keys(
-                dq, q, do, lse, delta, k_ptr, v_ptr, key_mask_ptrs[t], mask_ptr, rows_ptr, cols_ptr, batch, i, t, query, full,
+                dq, q, do, shift, factor, delta, k_ptr, v_ptr, key_mask_ptrs[t], mask_ptr, rows_ptr, cols_ptr, batch,
+                i, t, query, full,
                 LENGTHS[t], LENGTHS[0], K_STRIDES_[t], V_STRIDES_[t],
-                SCALE, WIDTH, KEY_MASKS_[t], CAUSAL, MASKED, PRECISION, KEYS, COLS, TAIL=True,
+                SCALE, WIDTH, KEY_MASKS_[t], CAUSAL, MASKED, PRECISION, EXACT, KEYS, COLS, TAIL=True,
             )  # fmt: skip
     at = (batch * length + query)[:, None] * (HEADS * WIDTH) + head * WIDTH + cols[None, :]
     tl.store(
-        dq_ptr + at, (dq * (SCALE * LN2)).to(dq_ptr.dtype.element_ty), mask=(query < length)[:, None] & (cols < WIDTH)[None, :]
+        dq_ptr + at, (dq * GRADIENT_SCALE).to(dq_ptr.dtype.element_ty), mask=(query < length)[:, None] & (cols < WIDTH)[None, :]
     )

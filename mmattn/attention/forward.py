@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from .._triton import tl, triton
-from .tokens import allowed, exp2, kept, load_tokens, stream_of
+from .tokens import allowed, kept, load_tokens, power, stream_of
 
 LN2: tl.constexpr = tl.constexpr(math.log(2))
 
@@ -15,21 +15,20 @@ def attend(
     acc, total, top, q, k_ptr, v_ptr, key_mask_ptr, mask_ptr, rows_ptr, cols_ptr, batch, i, t, query, start,
     length, first_length, k_stride, v_stride,
     SCALE: tl.constexpr, WIDTH: tl.constexpr, KEY_MASKED: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr, KEYS: tl.constexpr, COLS: tl.constexpr, TAIL: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr, KEYS: tl.constexpr, COLS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """One block of keys in the online softmax: output [QUERIES, COLS], row sum [QUERIES, 16] and running maximum [QUERIES].
 
     The tensor cores sum the rows, as a product with ones, all columns of which are equal. Besides being cheaper this fixes
     the order of the sum: a reduction follows the layout of the tile, which the compiler chooses by what it knows of lengths.
     """
-    exact: tl.constexpr = v_ptr.dtype.element_ty == tl.float32 and PRECISION == "ieee"
     key = start + tl.arange(0, KEYS)
     cols = tl.arange(0, COLS)
     whole: tl.constexpr = not (TAIL or KEY_MASKED)
     keep = kept(key_mask_ptr, batch, key, length, KEY_MASKED)
     v = load_tokens(v_ptr, batch, key, length, v_stride, cols, WIDTH, keep, whole)  # [KEYS, COLS]
     k = load_tokens(k_ptr, batch, key, length, k_stride, cols, WIDTH, keep, whole).to(v.dtype)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * SCALE  # [QUERIES, KEYS], base 2
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * SCALE  # [QUERIES, KEYS]
     if not whole:
         s = tl.where(keep[None, :], s, float("-inf"))
     if CAUSAL or MASKED:
@@ -39,8 +38,8 @@ def attend(
     shift = new_top
     if CAUSAL or MASKED or KEY_MASKED:  # a row may have seen no key yet
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-    p = exp2(s - shift[:, None], exact).to(v.dtype)
-    decay = exp2(top - shift, exact)[:, None]
+    p = power(s - shift[:, None], EXACT).to(v.dtype)
+    decay = power(top - shift, EXACT)[:, None]
     total = tl.dot(p, tl.full((KEYS, 16), 1.0, v.dtype), total * decay, input_precision=PRECISION)
     acc = tl.dot(p, v, acc * decay, input_precision=PRECISION)
     return acc, total, new_top
@@ -56,7 +55,7 @@ def joint_attention_fwd_body(
     rows_ptr,  # (B, L_0) bool: any of the mask's row
     cols_ptr,  # (B, L_0) bool: any of the mask's column
     o_ptrs,  # (B, L_s, H, d)
-    lse_ptrs,  # (B, H, L_s) float32, base 2
+    lse_ptrs,  # (B, H, L_s) float32, base 2; EXACT: (B, H, L_s, 2), the largest score and the sum, base e
     log_ptrs,  # (B, H, L_s) float32, base e
     LENGTHS,
     Q_STRIDES_,
@@ -65,11 +64,12 @@ def joint_attention_fwd_body(
     V_AT,  # where v starts in a packed projection
     HEADS,
     WIDTH,  # d
-    SCALE,  # softmax scale * log2(e)
+    SCALE,  # softmax scale, in base 2 times log2(e)
     KEY_MASKS_,  # per stream, whether it has a key mask
     CAUSAL,
     MASKED,
     PRECISION,
+    EXACT,  # base e and exponentials within an ulp
     LOGS,  # whether log_ptrs are wanted
     QUERIES,
     KEYS,
@@ -109,23 +109,32 @@ def joint_attention_fwd_body(
             acc, total, top = attend(
                 acc, total, top, q, k_ptr, v_ptr, key_mask_ptrs[t], mask_ptr, rows_ptr, cols_ptr, batch, i, t, query, start,
                 LENGTHS[t], LENGTHS[0], K_STRIDES_[t], V_STRIDES_[t],
-                SCALE, WIDTH, KEY_MASKS_[t], CAUSAL, MASKED, PRECISION, KEYS, COLS, TAIL=False,
+                SCALE, WIDTH, KEY_MASKS_[t], CAUSAL, MASKED, PRECISION, EXACT, KEYS, COLS, TAIL=False,
             )  # fmt: skip
         if full < end:
             acc, total, top = attend(
                 acc, total, top, q, k_ptr, v_ptr, key_mask_ptrs[t], mask_ptr, rows_ptr, cols_ptr, batch, i, t, query, full,
                 LENGTHS[t], LENGTHS[0], K_STRIDES_[t], V_STRIDES_[t],
-                SCALE, WIDTH, KEY_MASKS_[t], CAUSAL, MASKED, PRECISION, KEYS, COLS, TAIL=True,
+                SCALE, WIDTH, KEY_MASKS_[t], CAUSAL, MASKED, PRECISION, EXACT, KEYS, COLS, TAIL=True,
             )  # fmt: skip
     total = tl.max(total, 1)
     seen = keep & (total > 0)
     o = acc / tl.where(seen, total, 1.0)[:, None]
     o = tl.where(seen[:, None], o, 0.0)
-    lse = tl.where(seen, top + tl.log2(tl.where(seen, total, 1.0)), float("-inf"))
+    total = tl.where(seen, total, 1.0)
+    top = tl.where(seen, top, float("-inf"))
     at = (batch * length + query)[:, None] * (HEADS * WIDTH) + head * WIDTH + cols[None, :]
     tl.store(o_ptr + at, o.to(o_ptr.dtype.element_ty), mask=(query < length)[:, None] & (cols < WIDTH)[None, :])
     at = (batch * HEADS + head) * length + query
-    tl.store(lse_ptr + at, lse, mask=query < length)
+    if EXACT:
+        # One number would be off by half an ulp of the logits, and a row's whole gradient with it.
+        tl.store(lse_ptr + 2 * at, top, mask=query < length)
+        tl.store(lse_ptr + 2 * at + 1, total, mask=query < length)
+        log = top + tl.log(total)
+    else:
+        lse = top + tl.log2(total)
+        tl.store(lse_ptr + at, lse, mask=query < length)
+        log = lse * LN2
     if LOGS:
         _, log_ptr, _, _, _ = stream_of(block, log_ptrs, LENGTHS, Q_STRIDES_, QUERIES)
-        tl.store(log_ptr + at, lse * LN2, mask=query < length)
+        tl.store(log_ptr + at, log, mask=query < length)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ..op import Call, Op, Operands, Spec, cast, spec
 from ..qk_norm_rope import norm_backward, norm_forward, norm_operands, norm_reference
-from .joint import attention_reference, attention_result, attention_static, mask_operands, silenced
-from .plans import any_specs, attention_backward, attention_forward, lse_specs, o_specs
+from .joint import attention_reference, attention_result, attention_static, infer, mask_operands, silenced
+from .plans import attention_backward, attention_forward
 
 NORM = ("over", "eps", "layout")
 
@@ -25,11 +25,11 @@ def qk_specs(a) -> tuple[Spec, ...]:
     return tuple(Spec((x.shape[0], x.shape[1], x.shape[3], x.shape[4]), spec(x).dtype) for x in a.qkv)
 
 
-def fused_infer(a, *, return_lse, **_):
+def fused_infer(a, **static):
     qk = qk_specs(a)
     b, _ = on_packed(a, qk, qk)
-    lse = lse_specs(b)
-    return o_specs(b) + (lse if return_lse else ()), qk + qk + lse + any_specs(b)
+    outs, residuals = infer(b, **static)
+    return outs, qk + qk + residuals
 
 
 def fused_forward(run, a, **static):
@@ -80,7 +80,7 @@ qk_norm_rope_attention_op = Op(
 def qk_norm_rope_attention(
     qkv, q_weight, k_weight, *, over, eps: float = 1.1920929e-7, cos=None, sin=None, start_pos=None, layout: str = "interleaved",
     attn_mask=None, key_masks=None, causal: bool = False, scale: float | None = None, return_lse: bool = False,
-    precision: str = "ieee",
+    precision: str = "ieee", start_extent: tuple[int, int] | None = None,
 ) -> Call:  # fmt: skip
     """joint_attention(*qk_norm_rope(qkv, ...), v) for packed projections of one or more streams: what the modules call.
 
@@ -88,7 +88,7 @@ def qk_norm_rope_attention(
     and its gradient is written into theirs.
     """
     op = "qk_norm_rope_attention"
-    operands, norm = norm_operands(op, qkv, q_weight, k_weight, over, eps, cos, sin, start_pos, layout)
+    operands, norm = norm_operands(op, qkv, q_weight, k_weight, over, eps, cos, sin, start_pos, layout, start_extent)
     streams = operands["qkv"]
     static = norm | attention_static(op, streams[0].shape[4], causal, scale, return_lse, precision)
     operands |= mask_operands(op, "qkv", streams, attn_mask, key_masks)

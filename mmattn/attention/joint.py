@@ -7,12 +7,11 @@ import math
 from .. import check
 from ..op import Call, Op, cast, spec, wide
 from ..qk_norm_rope import per_stream
-from .plans import any_specs, attention_backward, attention_forward, lse_specs, o_specs
+from .plans import any_specs, attention_backward, attention_forward, log_specs, lse_specs, o_specs
 
 
-def infer(a, *, return_lse, **_):
-    lse = lse_specs(a)
-    return o_specs(a) + (lse if return_lse else ()), lse + any_specs(a)
+def infer(a, *, return_lse, precision, **_):
+    return o_specs(a) + (log_specs(a) if return_lse else ()), lse_specs(a, precision) + any_specs(a)
 
 
 def backward(run, a, outs, extras, douts, *, return_lse, **static):

@@ -38,15 +38,17 @@ def tiles(kind: str, d: int, dtype: str, masked: bool, precision: str) -> tuple[
 def meta(a, kind: str, *, causal: bool, scale: float, precision: str, v_at: int = 0, **more) -> tuple[dict, int, int]:
     n = len(a.q)
     masked = a.attn_mask is not None or causal or any(m is not None for m in a.key_masks)
+    exact = is_exact(a, precision)
     tile, warps, stages = tiles(kind, a.q[0].shape[3], spec(a.v[0]).dtype, masked, precision)
     constants = dict(
         V_AT=v_at,
         HEADS=a.q[0].shape[2],
         WIDTH=a.q[0].shape[3],
-        SCALE=scale * LOG2E,
+        SCALE=scale if exact else scale * LOG2E,
         CAUSAL=causal,
         MASKED=0 if a.attn_mask is None else 1 if n == 1 else 2,
         PRECISION=precision,
+        EXACT=exact,
     )
     for i in range(n):
         constants |= {f"Q_STRIDE{i}": row_stride(a.q[i], 2), f"K_STRIDE{i}": row_stride(a.k[i], 2)}
@@ -74,7 +76,7 @@ def plan(
 
 
 @cache
-def delta_plan(outs: tuple[Spec, ...], d: int, shifted: bool) -> Plan:
+def delta_plan(outs: tuple[Spec, ...], d: int, shifted: bool, exact: bool) -> Plan:
     B, H, _ = outs[0].shape
     cols = next_power_of_2(d)
     rows = max(1, 2048 // cols)
@@ -84,7 +86,7 @@ def delta_plan(outs: tuple[Spec, ...], d: int, shifted: bool) -> Plan:
         grid=(B * sum(cdiv(L * H, rows) for L in lengths),),
         outs=outs,
         ints={f"LENGTH{i}": L for i, L in enumerate(lengths)},
-        meta=dict(HEADS=H, WIDTH=d, SHIFTED=shifted, ROWS=rows, COLS=cols),
+        meta=dict(HEADS=H, WIDTH=d, SHIFTED=shifted, EXACT=exact, ROWS=rows, COLS=cols),
         warps=4,
     )
 
@@ -124,8 +126,18 @@ def o_specs(a) -> tuple[Spec, ...]:
     return tuple(Spec(tuple(q.shape), spec(a.v[0]).dtype) for q in a.q)
 
 
-def lse_specs(a) -> tuple[Spec, ...]:
+def is_exact(a, precision: str) -> bool:
+    """Whether float32 is wanted to the last bit, and scores are in base e, not 2."""
+    return spec(a.v[0]).dtype == "float32" and precision == "ieee"
+
+
+def log_specs(a) -> tuple[Spec, ...]:
     return tuple(Spec((q.shape[0], q.shape[2], q.shape[1]), "float32") for q in a.q)
+
+
+def lse_specs(a, precision: str) -> tuple[Spec, ...]:
+    """What the backward needs of each row: the log-sum-exp, or the largest score and the sum."""
+    return tuple(Spec((*s.shape, 2), s.dtype) if is_exact(a, precision) else s for s in log_specs(a))
 
 
 def any_specs(a) -> tuple[Spec, ...]:
@@ -133,26 +145,27 @@ def any_specs(a) -> tuple[Spec, ...]:
     return (Spec(tuple(a.attn_mask.shape[:2]), "bool"),) * 2 if augmented else ()
 
 
-def attention_forward(run, a, *, return_lse: bool, **static):
+def attention_forward(run, a, *, return_lse: bool, precision: str, **static):
     """Outputs, followed by the log-sum-exps where they are wanted, and residuals: those in base 2, the mask's any() vectors."""
     B, _, H, _ = a.q[0].shape
     anys = tuple(run(any_plan(spec(a.attn_mask)), a.attn_mask)) if any_specs(a) else ()
     n = len(a.q)
-    constants, warps, stages = meta(a, "fwd", LOGS=return_lse, **static)
-    outs = o_specs(a) + lse_specs(a) + (lse_specs(a) if return_lse else (UNUSED,) * n)
+    constants, warps, stages = meta(a, "fwd", LOGS=return_lse, precision=precision, **static)
+    outs = o_specs(a) + lse_specs(a, precision) + (log_specs(a) if return_lse else (UNUSED,) * n)
     p = plan(joint_attention_fwd_body, lengths(a), B * H, constants["QUERIES"], outs, tuple(constants.items()), warps, stages)
     results = tuple(run(p, *a.q, *a.k, *a.v, *mask_inputs(a, anys)))
     o, lse, log = results[:n], results[n : 2 * n], results[2 * n :]
     return (o + log if return_lse else o), lse + anys
 
 
-def attention_backward(run, a, outs, residuals, douts, **static):
+def attention_backward(run, a, outs, residuals, douts, *, precision: str, **static):
     """dq, dk, dv of every stream, from what attention_forward returned."""
     B, _, H, d = a.q[0].shape
     n = len(a.q)
     o, do, dlse, lse, anys = outs[:n], douts[:n], douts[n:], residuals[:n], residuals[n:]
-    delta = tuple(run(delta_plan(lse_specs(a), d, bool(dlse)), *o, *do, *lse, *(dlse or lse)))
+    delta = tuple(run(delta_plan(log_specs(a), d, bool(dlse), is_exact(a, precision)), *o, *do, *lse, *(dlse or lse)))
     inputs = (*a.q, *a.k, *a.v, *mask_inputs(a, anys), *do, *lse, *delta)
+    static |= dict(precision=precision, GRADIENT_SCALE=static["scale"])
     constants, warps, stages = meta(a, "dkdv", **static)
     outs = tuple(Spec(tuple(x.shape), spec(x).dtype) for x in a.k) + tuple(Spec(tuple(x.shape), spec(a.v[0]).dtype) for x in a.k)
     p = plan(joint_attention_bwd_dkdv_body, lengths(a), B * H, constants["KEYS"], outs, tuple(constants.items()), warps, stages)

@@ -1,0 +1,59 @@
+"""The checker of test_ops finds bugs: each is planted in a copy of the package, whose kernels then run in place of ours."""
+
+from __future__ import annotations
+
+import shutil
+from typing import NamedTuple
+
+import frameworks
+import pytest
+from cases import CASES
+
+BY_NAME = {str(case): case for case in CASES}
+
+
+class Bug(NamedTuple):
+    name: str
+    case: str
+    file: str
+    right: str  # must be in the file, once
+    wrong: str
+    dtype: str = "bfloat16"
+
+
+ADALN, ROPE, LINEAR = "adaln.py", "qk_norm_rope.py", "linear_attention.py"
+FORWARD, BACKWARD, TOKENS = (f"attention/{name}.py" for name in ("forward", "backward", "tokens"))
+BUGS = [
+    Bug("unbiased variance", "layernorm_adaln-37x48", ADALN, "tl.sum(x * x, 1)", "tl.sum(x * x, 1) * (WIDTH / (WIDTH - 1))"),
+    Bug("eps forgotten", "rmsnorm_adaln-at-zero", ADALN, " + EPS)", ")"),
+    Bug("mean term forgotten", "layernorm_adaln-bare", ADALN, "dx -= (", "dx -= 0.0 * ("),
+    Bug("only a chunk's last block", "layernorm_adaln-scale-only-130x96", ADALN, "a = tl.fma(dy, n, a)", "a = dy * n"),
+    Bug("last chunk dropped", "layer_norm-affine-130x128", ADALN, "(rows < GROUP * CHUNKS)", "(rows < GROUP * CHUNKS - 1)"),
+    Bug("gate forgotten", "gated_residual-37x48", "residual.py", "(gate[None, :] * dout)", "dout"),
+    Bug("rotation not undone", "qk_norm_rope-seed", ROPE, "turn(u_a, u_b, c, -s)", "turn(u_a, u_b, c, s)"),
+    Bug("start position dropped", "qk_norm_rope-seed", ROPE, "    if STARTED:\n", "    if False:\n"),
+    Bug("no rescaling", "joint_attention-one-stream-130", FORWARD, "tl.dot(p, v, acc * decay, ", "tl.dot(p, v, acc, "),
+    Bug("key mask dropped", "joint_attention-one-key-mask", TOKENS, "inside &= tl.load(key_mask_ptr", "tl.load(key_mask_ptr"),
+    Bug("causal by one", "joint_attention-causal", TOKENS, "(query >= key)", "(query > key)"),
+    Bug("any() of the other axis", "joint_attention-mask", TOKENS, "tl.load(rows_ptr + batch", "tl.load(cols_ptr + batch"),
+    Bug("lse's gradient dropped", "joint_attention-lse", BACKWARD, "delta -= tl.load(", "tl.load("),
+    Bug("relu's slope forgotten", "relu_linear_attention-37-5", LINEAR, "keep[:, None] & (k > 0)", "keep[:, None]"),
+]
+
+
+@pytest.mark.skipif(frameworks.GPU, reason="the copies run in the interpreter")
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+def test_bug_is_found(bug, kernels, tmp_path):
+    import interpreted
+
+    shutil.copytree(interpreted.HOME / "mmattn", tmp_path / "mmattn")
+    file = tmp_path / "mmattn" / bug.file
+    text = file.read_text()
+    assert text.count(bug.right) == 1, f"{bug.file} has changed: name the text that the bug replaces anew"
+    file.write_text(text.replace(bug.right, bug.wrong))
+    case, framework = BY_NAME[bug.case], frameworks.framework_of(frameworks.INSTALLED[0])
+    with interpreted.package(tmp_path):
+        result = frameworks.call(framework, case, bug.dtype)
+    with pytest.raises(AssertionError, match="budget"):
+        frameworks.check(case, bug.dtype, result)
+    frameworks.check(case, bug.dtype, frameworks.call(framework, case, bug.dtype))
