@@ -48,9 +48,8 @@ def align(arrays: Sequence[jax.Array]) -> list[jax.Array]:
 
 def check_varying(name: str, avals) -> None:
     if len({aval.manual_axis_type.varying for aval in avals}) > 1:
-        raise ValueError(
-            f"{name}: operands vary over different mesh axes, {[set(a.manual_axis_type.varying) for a in avals]}; align them"
-        )
+        axes = [set(aval.manual_axis_type.varying) for aval in avals]
+        raise ValueError(f"{name}: operands vary over the mesh axes {axes}; expected the same for all. Cast them with align.")
 
 
 def lead(avals, roles: Sequence[Role]):
@@ -120,8 +119,8 @@ def partitioned(compute: Callable, arrays, ins: Sequence[Role], outs: Sequence[R
     """`compute` on each device's part of the batch, and of the groups where there are any.
 
     Without this XLA gathers the batch and every device computes all of it. Gradients of arrays that all devices share are
-    summed over the mesh axes that shard the batch. Within a shard_map over some of the mesh's axes XLA does not name the others:
-    there a batch that they shard is gathered where such a sum would be needed.
+    summed over the mesh axes that shard the batch. Within a shard_map over some of the mesh's axes XLA does not name the
+    others: there a batch that they shard is gathered where such a sum would be needed.
     """
     batch = next(x.shape[0] for x, role in zip(arrays, ins, strict=True) if role == BATCH)
     groups = {role.groups(x) for x, role in zip(arrays, ins, strict=True)} - {None, 1}
@@ -129,8 +128,10 @@ def partitioned(compute: Callable, arrays, ins: Sequence[Role], outs: Sequence[R
     def partition(mesh, operands, results):
         split = lambda x, role: role == BATCH or role.groups(x) in groups
         if not isinstance(operands[0].sharding, NamedSharding):
-            whole = not (all(map(split, results, outs)) and all(map(leading_only, (*operands, *results))))
-            return mesh, compute, *(tuple(replicated(x) if whole else x.sharding for x in xs) for xs in (results, operands))
+            leads = [(leading(x), role == BATCH) for x, role in zip((*operands, *results), (*ins, *outs), strict=True)]
+            mine, others = ({where for where, batch in leads if batch == own} for own in (True, False))
+            keep = len(mine) == 1 and None not in mine and others <= {()} and all(role == BATCH for role in outs)
+            return mesh, compute, *(tuple(x.sharding if keep else replicated(x) for x in xs) for xs in (results, operands))
         shardings = [x.sharding for x, role in zip((*operands, *results), (*ins, *outs), strict=True) if role == BATCH]
         axes = next((names(sharding.spec[0]) for sharding in shardings if sharding.spec[0] is not None), ())
         devices = math.prod(mesh.shape[name] for name in axes)
@@ -170,10 +171,13 @@ def total(x, axes: tuple[str, ...]):
         return jnp.sum(jax.lax.all_gather(x, axes), 0, dtype=jnp.float32).astype(x.dtype)
 
 
-def leading_only(x) -> bool:
-    """Whether at most the leading axis of x is sharded."""
-    tiles = x.sharding._to_xla_hlo_sharding(len(x.shape)).tile_assignment_dimensions()
-    return all(k == 1 for k in tiles[1 : len(x.shape)])
+def leading(x) -> tuple | None:
+    """How an unnamed sharding splits the leading axis, () where it splits nothing, None where it splits another axis."""
+    sharding = x.sharding._to_xla_hlo_sharding(len(x.shape))
+    if sharding.is_replicated():
+        return ()
+    first, *rest = sharding.tile_assignment_dimensions()[: len(x.shape)]
+    return (first, *sharding.tile_assignment_devices()) if all(k == 1 for k in rest) else None
 
 
 def replicated(x):

@@ -41,11 +41,28 @@ def empty(spec: Spec, device: torch.device) -> Tensor:
     return torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
 
 
+_launchers: dict[tuple, tuple[Plan, Callable, tuple]] = {}
+
+
 def launch(plan: Plan, arrays: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
-    """One launch on the GPU that holds the arrays."""
-    options = dict(num_warps=plan.warps, num_stages=plan.stages, enable_fp_fusion=False)
-    with torch.cuda.device_of(arrays[0]):
-        plan.kernel[plan.grid](*arrays, *outs, *plan.ints.values(), **plan.meta, **options)
+    """One launch on the GPU that holds the arrays.
+
+    Triton looks a kernel up by the type and alignment of every argument, which takes it longer than small kernels run. A
+    plan fixes all but its pointers, so what it compiled for them is kept, and called as it is the next time.
+    """
+    pointers = (*arrays, *outs)
+    device = outs[0].device.index
+    key = (id(plan), device, *[x.dtype for x in pointers], *[x.data_ptr() % 16 == 0 for x in pointers])
+    with nullcontext() if device == torch.cuda.current_device() else torch.cuda.device(device):
+        if key in _launchers:
+            _, launcher, constants = _launchers[key]
+            launcher(*pointers, *constants)
+        else:
+            options = dict(num_warps=plan.warps, num_stages=plan.stages, enable_fp_fusion=False)
+            compiled = plan.kernel[plan.grid](*pointers, *plan.ints.values(), **plan.meta, **options)
+            constants = (*plan.ints.values(), *(plan.meta[name] for name in plan.kernel.arg_names if name in plan.meta))
+            grid = (*plan.grid, 1, 1)[:3]
+            _launchers[key] = (plan, compiled[grid], constants)  # with the plan, so that its id stays taken
 
 
 def constant_under_compile(function: Callable) -> Callable:

@@ -55,12 +55,13 @@ def extent(start_pos) -> tuple[int, int] | None:
     """Smallest and largest start position; None where they cannot be seen without a synchronisation."""
     if isinstance(start_pos, int):
         return start_pos, start_pos
+    if not hasattr(start_pos, "shape") or 0 in start_pos.shape or torch.compiler.is_compiling():
+        return None
     if isinstance(start_pos, Tensor):
-        if torch.compiler.is_compiling() or start_pos.device.type != "cpu":
+        wrapped = type(start_pos) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(start_pos)
+        if wrapped or start_pos.device.type != "cpu":
             return None
-        if type(start_pos) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(start_pos):
-            return None
-    return (int(start_pos.min()), int(start_pos.max())) if len(start_pos) else None
+    return int(start_pos.min()), int(start_pos.max())
 
 
 @constant_under_compile
