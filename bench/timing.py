@@ -187,9 +187,10 @@ def launch_floor(launches: int) -> float:
 
 
 def copy_time(size: int, sets: int) -> list[float]:
-    """Copies that read and write `size` bytes in all."""
-    pairs = [torch.randint(256, (2, size // 2), dtype=torch.uint8, device="cuda") for _ in range(sets)]
-    return graph([partial(y.copy_, x) for x, y in pairs])
+    """Copies that read and write `size` bytes in all, 16 aligned ones at a time."""
+    words = -(-size // 32) * 4
+    sources = [torch.randn(words, device="cuda") for _ in range(sets)]
+    return graph([partial(torch.empty_like(x).copy_, x) for x in sources])
 
 
 def matmul_rate() -> float:

@@ -44,16 +44,13 @@ def checked(name: str, args, kwargs) -> Call:
 
 def extent(start_pos) -> tuple[int, int] | None:
     """Smallest and largest start position; None where they cannot be seen without a synchronisation."""
-    if start_pos is None:
-        return None
     if isinstance(start_pos, int):
         return start_pos, start_pos
-    if isinstance(start_pos, jax.Array) and (
-        isinstance(start_pos, jax.core.Tracer) or any(d.platform != "cpu" for d in start_pos.devices())
-    ):
+    if not hasattr(start_pos, "shape") or 0 in start_pos.shape or isinstance(start_pos, jax.core.Tracer):
         return None
-    values = np.asarray(start_pos)
-    return (int(values.min()), int(values.max())) if values.size else None
+    if isinstance(start_pos, jax.Array) and any(d.platform != "cpu" for d in start_pos.devices()):
+        return None
+    return int(np.min(start_pos)), int(np.max(start_pos))
 
 
 def precision() -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .._triton import tl, triton
-from .tokens import allowed, kept, load_tokens, power, stream_of
+from .tokens import accumulate, allowed, kept, load_tokens, power, stream_of
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def load_row_statistics(lse_ptr, delta_ptr, at, query, length, EXACT: tl.constex
     delta = tl.load(delta_ptr + at + query, mask=inside, other=0.0)
     if EXACT:
         shift = tl.load(lse_ptr + 2 * (at + query), mask=inside, other=float("-inf"))
-        factor = 1.0 / tl.load(lse_ptr + 2 * (at + query) + 1, mask=inside, other=1.0)
+        factor = tl.div_rn(tl.full(query.shape, 1.0, tl.float32), tl.load(lse_ptr + 2 * (at + query) + 1, mask=inside, other=1.0))
     else:
         shift = tl.load(lse_ptr + at + query, mask=inside, other=float("-inf"))
         factor = tl.full(query.shape, 1.0, tl.float32)
@@ -83,10 +83,10 @@ def gather_queries(
     if CAUSAL or MASKED:
         valid = allowed(mask_ptr, rows_ptr, cols_ptr, batch, i, t, query[None, :], key[:, None], first_length, CAUSAL, MASKED)
         p = tl.where(valid, p, 0.0)
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+    dv = accumulate(dv, 1.0, p.to(do.dtype), do, PRECISION, EXACT)
     dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [KEYS, QUERIES]
     ds = p * (dp - delta[None, :])
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    dk = accumulate(dk, 1.0, ds.to(q.dtype), q, PRECISION, EXACT)
     return dk, dv
 
 
@@ -197,7 +197,7 @@ def gather_keys(
         p = tl.where(valid, p, 0.0)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     ds = p * (dp - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    return accumulate(dq, 1.0, ds.to(k.dtype), k, PRECISION, EXACT)
 
 
 @triton.jit

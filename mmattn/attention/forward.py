@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from .._triton import tl, triton
-from .tokens import allowed, kept, load_tokens, power, stream_of
+from .tokens import accumulate, allowed, kept, load_tokens, power, row_sum, stream_of
 
 LN2: tl.constexpr = tl.constexpr(math.log(2))
 
@@ -17,11 +17,7 @@ def attend(
     SCALE: tl.constexpr, WIDTH: tl.constexpr, KEY_MASKED: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr, EXACT: tl.constexpr, KEYS: tl.constexpr, COLS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys in the online softmax: output [QUERIES, COLS], row sum [QUERIES, 16] and running maximum [QUERIES].
-
-    The tensor cores sum the rows, as a product with ones, all columns of which are equal. Besides being cheaper this fixes
-    the order of the sum: a reduction follows the layout of the tile, which the compiler chooses by what it knows of lengths.
-    """
+    """One block of keys in the online softmax: output [QUERIES, COLS], row sum [QUERIES, 16] and running maximum [QUERIES]."""
     key = start + tl.arange(0, KEYS)
     cols = tl.arange(0, COLS)
     whole: tl.constexpr = not (TAIL or KEY_MASKED)
@@ -40,8 +36,8 @@ def attend(
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
     p = power(s - shift[:, None], EXACT).to(v.dtype)
     decay = power(top - shift, EXACT)[:, None]
-    total = tl.dot(p, tl.full((KEYS, 16), 1.0, v.dtype), total * decay, input_precision=PRECISION)
-    acc = tl.dot(p, v, acc * decay, input_precision=PRECISION)
+    total = row_sum(total, decay, p, PRECISION, EXACT)
+    acc = accumulate(acc, decay, p, v, PRECISION, EXACT)
     return acc, total, new_top
 
 
@@ -119,9 +115,9 @@ def joint_attention_fwd_body(
             )  # fmt: skip
     total = tl.max(total, 1)
     seen = keep & (total > 0)
-    o = acc / tl.where(seen, total, 1.0)[:, None]
-    o = tl.where(seen[:, None], o, 0.0)
     total = tl.where(seen, total, 1.0)
+    o = tl.div_rn(acc, tl.broadcast_to(total[:, None], acc.shape)) if EXACT else acc * (1.0 / total)[:, None]
+    o = tl.where(seen[:, None], o, 0.0)
     top = tl.where(seen, top, float("-inf"))
     at = (batch * length + query)[:, None] * (HEADS * WIDTH) + head * WIDTH + cols[None, :]
     tl.store(o_ptr + at, o.to(o_ptr.dtype.element_ty), mask=(query < length)[:, None] & (cols < WIDTH)[None, :])

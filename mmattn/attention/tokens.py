@@ -53,9 +53,42 @@ def power(x, EXACT: tl.constexpr):
         y = tl.full(x.shape, 1.0 / 5040, tl.float32)
         for k in tl.static_range(7):
             y = tl.fma(f, y, tl.full(x.shape, INVERSE_FACTORIALS[k], tl.float32))
-        return tl.where(x > -87.0, y * tl.exp2(n), 0.0)
+        two_to_n = ((tl.maximum(n, -126.0).to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+        return tl.where(x > -87.0, y * two_to_n, 0.0)
     else:
         return tl.exp2(x)
+
+
+@triton.jit
+def accumulate(acc, decay, a, b, PRECISION: tl.constexpr, EXACT: tl.constexpr):
+    """acc * decay + a b. EXACT: the product is summed by itself, so that rounding errors add up over a block, not a sequence."""
+    if EXACT:
+        return tl.fma(acc, tl.zeros_like(acc) + decay, tl.dot(a, b, input_precision=PRECISION))
+    else:
+        return tl.dot(a, b, acc * decay, input_precision=PRECISION)
+
+
+@triton.jit
+def pair_sum(x):
+    """The sum of each row [ROWS, 1] of [ROWS, COLS], neighbours first."""
+    if x.shape[1] == 1:
+        return x
+    else:
+        a, b = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+        return pair_sum(a + b)
+
+
+@triton.jit
+def row_sum(total, decay, p, PRECISION: tl.constexpr, EXACT: tl.constexpr):
+    """total * decay + the sum of p's rows, equal in all columns of `total` [QUERIES, 16], in an order that does not change.
+
+    A reduction follows the layout of the tile, which the compiler chooses by what it knows of lengths, so it may differ between
+    the frameworks. The tensor cores sum in their own order, as a product with ones; EXACT: pairs are added, then pairs of pairs.
+    """
+    if EXACT:
+        return tl.fma(total, tl.zeros_like(total) + decay, tl.zeros_like(total) + pair_sum(p))
+    else:
+        return tl.dot(p, tl.full((p.shape[1], 16), 1.0, p.dtype), total * decay, input_precision=PRECISION)
 
 
 @triton.jit
