@@ -41,28 +41,16 @@ def empty(spec: Spec, device: torch.device) -> Tensor:
     return torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
 
 
-_launchers: dict[tuple, tuple[Plan, Callable, tuple]] = {}
+def launch(plan: Plan, arrays: Sequence[Tensor], outs: Sequence[Tensor]) -> Callable[..., None]:
+    """One launch on the current GPU. Returns what launches the plan again, on pointers of the same dtypes and alignment.
 
-
-def launch(plan: Plan, arrays: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
-    """One launch on the GPU that holds the arrays.
-
-    Triton looks a kernel up by the type and alignment of every argument, which takes it longer than small kernels run. A
-    plan fixes all but its pointers, so what it compiled for them is kept, and called as it is the next time.
+    Triton looks a kernel up by the type and alignment of every argument, which takes it longer than small kernels run.
     """
-    pointers = (*arrays, *outs)
-    device = outs[0].device.index
-    key = (id(plan), device, *[x.dtype for x in pointers], *[x.data_ptr() % 16 == 0 for x in pointers])
-    with nullcontext() if device == torch.cuda.current_device() else torch.cuda.device(device):
-        if key in _launchers:
-            _, launcher, constants = _launchers[key]
-            launcher(*pointers, *constants)
-        else:
-            options = dict(num_warps=plan.warps, num_stages=plan.stages, enable_fp_fusion=False)
-            compiled = plan.kernel[plan.grid](*pointers, *plan.ints.values(), **plan.meta, **options)
-            constants = (*plan.ints.values(), *(plan.meta[name] for name in plan.kernel.arg_names if name in plan.meta))
-            grid = (*plan.grid, 1, 1)[:3]
-            _launchers[key] = (plan, compiled[grid], constants)  # with the plan, so that its id stays taken
+    options = dict(num_warps=plan.warps, num_stages=plan.stages, enable_fp_fusion=False)
+    compiled = plan.kernel[plan.grid](*arrays, *outs, *plan.ints.values(), **plan.meta, **options)
+    launcher = compiled[(*plan.grid, 1, 1)[:3]]
+    constants = (*plan.ints.values(), *(plan.meta[name] for name in plan.kernel.arg_names if name in plan.meta))
+    return lambda *pointers: launcher(*pointers, *constants)
 
 
 def constant_under_compile(function: Callable) -> Callable:
@@ -100,21 +88,73 @@ def target(device: torch.device) -> Target:
     return Target(10 * gpu.major + gpu.minor, gpu.multi_processor_count, gpu.shared_memory_per_block_optin)
 
 
-class Run(NamedTuple):
-    """What an op asks of a framework: launch a plan on newly allocated outputs."""
+class Step:
+    """One launch of a program: where its inputs lie among the arrays so far, and what launches it again."""
 
-    device: torch.device
+    def __init__(self, plan: Plan, inputs: tuple[int, ...]):
+        self.plan, self.inputs, self.again = plan, inputs, None
 
-    @property
-    def target(self) -> Target:
-        return target(self.device)
+    def __call__(self, arrays: list[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+        outs = tuple(empty(out, device) for out in self.plan.outs)
+        inputs = [arrays[i] for i in self.inputs]
+        if 0 in self.plan.grid:
+            return tuple(out.zero_() for out in outs)
+        if self.again is None:
+            self.again = launch(self.plan, inputs, outs)
+        else:
+            self.again(*inputs, *outs)
+        return outs
+
+
+class Run:
+    """What an op asks of a framework: launch a plan on newly allocated outputs. It keeps a record of what it did."""
+
+    def __init__(self, device: torch.device, arrays: Sequence[Tensor]):
+        self.device, self.target = device, target(device)
+        self.arrays, self.steps = list(arrays), []
 
     def __call__(self, plan: Plan, *arrays: Tensor) -> tuple[Tensor, ...]:
-        outs = tuple(empty(out, self.device) for out in plan.outs)
-        if 0 in plan.grid:
-            return tuple(out.zero_() for out in outs)
-        launch(plan, arrays, outs)
+        self.steps.append(Step(plan, tuple(map(self.position, arrays))))
+        outs = self.steps[-1](self.arrays, self.device)
+        self.arrays += outs
         return outs
+
+    def position(self, array: Tensor) -> int:
+        return next(i for i, x in enumerate(self.arrays) if x is array)
+
+
+class Program(NamedTuple):
+    """The launches of an operator on arrays of given shapes, strides and dtypes. They are all that it does, so they can be
+    repeated on other such arrays without asking the op again."""
+
+    copied: list[bool]  # which arrays the kernels cannot read in place
+    steps: list[Step]
+    results: list[int]
+
+
+_programs: dict[tuple, Program] = {}
+
+
+def replayed(name: tuple, owners: Sequence, op: Op, arrays: Sequence[Tensor], compute: Callable) -> list[Tensor]:
+    """compute(run, arrays), a list of tensors, which only launches plans; recorded once for arrays that look like these."""
+    device, first = arrays[0].device, {}  # a tensor that comes twice must come twice again
+    looks = [(x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0, first.setdefault(id(x), i)) for i, x in enumerate(arrays)]
+    key = (name, device, *looks)
+    with torch.cuda.device(device) if device.type == "cuda" and device.index != torch.cuda.current_device() else nullcontext():
+        program = _programs.get(key)
+        if program is None:
+            inputs = [readable(op, owner, x) for owner, x in zip(owners, arrays, strict=True)]
+            run = Run(device, inputs)
+            results = compute(run, inputs)
+            if len(_programs) >= 4096:  # lengths that change for ever
+                _programs.clear()
+            copied = [x is not y for x, y in zip(inputs, arrays, strict=True)]
+            _programs[key] = Program(copied, run.steps, [run.position(x) for x in results])
+            return results
+        slots = [x.contiguous() if copy else x for x, copy in zip(arrays, program.copied, strict=True)]
+        for step in program.steps:
+            slots += step(slots, device)
+        return [slots[i] for i in program.results]
 
 
 class Meaning:
@@ -171,7 +211,7 @@ class Operators(NamedTuple):
     backward: torch._ops.OpOverload
 
 
-def readable(op: Op, owner: str, x: Tensor) -> Tensor:
+def readable(op: Op, owner: str | None, x: Tensor) -> Tensor:
     """x as the kernels read it: contiguous, or through a row stride where they can."""
     if x.is_contiguous():
         return x
@@ -181,17 +221,27 @@ def readable(op: Op, owner: str, x: Tensor) -> Tensor:
 
 def run_forward(op: Op, arrays: list[Tensor], call: str) -> list[Tensor]:
     m = meaning(op, call)
-    a = m.operands([readable(op, owner, x) for owner, x in zip(m.owners, arrays, strict=True)])
-    outs, extras = op.forward(Run(arrays[0].device), a, **m.static)
-    return [*outs, *extras]
+
+    def compute(run: Run, arrays: list[Tensor]) -> list[Tensor]:
+        outs, extras = op.forward(run, m.operands(arrays), **m.static)
+        return [*outs, *extras]
+
+    return replayed((op.name, "fwd", call), m.owners, op, arrays, compute)
 
 
 def run_backward(op: Op, kept: list[Tensor], douts: list[Tensor], call: str) -> list[Tensor]:
     m = meaning(op, call)
-    n, results = len(douts) if op.keeps_outs else 0, tuple(x.contiguous() for x in kept[len(m.kept) :])
-    a = m.operands([x if x is None else readable(op, owner, x) for owner, x in zip(m.owners, m.kept_operands(kept), strict=True)])
-    grads = op.backward(Run(kept[0].device), a, results[:n], results[n:], tuple(d.contiguous() for d in douts), **m.static)
-    return m.gradients(grads)
+    owners = [m.owners[i] for i in m.kept]
+    owners += [None] * (len(kept) - len(owners) + len(douts))
+
+    def compute(run: Run, arrays: list[Tensor]) -> list[Tensor]:
+        kept_arrays, douts_arrays = arrays[: len(kept)], arrays[len(kept) :]
+        results = tuple(kept_arrays[len(m.kept) :])
+        n = len(douts) if op.keeps_outs else 0
+        a = m.operands(m.kept_operands(kept_arrays))
+        return m.gradients(op.backward(run, a, results[:n], results[n:], tuple(douts_arrays), **m.static))
+
+    return replayed((op.name, "bwd", call), owners, op, [*kept, *douts], compute)
 
 
 def fake_forward(op: Op, arrays: list[Tensor], call: str) -> list[Tensor]:
@@ -350,6 +400,66 @@ def explain(call: Call, requested: str | None, device: torch.device | None) -> E
     if device.type == "meta":
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     return decide(call, requested, current(), problem(device))
+
+
+class Prepared(NamedTuple):
+    """A call that takes the kernels, as far as shapes and dtypes of its tensors determine it."""
+
+    operators: Operators
+    text: str
+    order: list[int]  # of the op's arrays among the call's tensors
+    result: Callable
+    outs: int
+
+
+_prepared: dict[tuple, Prepared | None] = {}
+
+
+def perform(core: Callable[..., Call], requested: str | None, *args, **kwargs) -> Any:
+    """The public result of core(*args, **kwargs).
+
+    Checking arguments takes longer than small kernels run, so eager calls remember what was found for arguments of these
+    shapes, dtypes and values.
+    """
+    if torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is not None:
+        return execute(core(*args, **kwargs), requested)
+    tensors, first = [], {}
+    key = (core, requested, current(), describe(args, tensors, first), describe(tuple(kwargs.items()), tensors, first))
+    if not all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors):
+        return execute(core(*args, **kwargs), requested)
+    try:
+        prepared = _prepared.get(key)
+    except TypeError:  # an argument that cannot be hashed, which core will refuse
+        return execute(core(*args, **kwargs), requested)
+    if prepared is None:
+        call = core(*args, **kwargs)
+        arrays, layout = flatten(call.op, call.operands)
+        if decide(call, requested, current(), problem(common_device(call.op, arrays, layout))).path != "triton":
+            return execute(call, requested)
+        if len(_prepared) >= 4096:
+            _prepared.clear()
+        text = call_text(layout, call.static)
+        order = [next(i for i, x in enumerate(tensors) if x is array) for array in arrays]
+        outs = meaning(call.op, text).number_of_outs(arrays)
+        prepared = _prepared[key] = Prepared(OPERATORS[call.op.name], text, order, call.result, outs)
+    results = Forward.apply(prepared.operators, prepared.text, *[tensors[i] for i in prepared.order])
+    return prepared.result(results[: prepared.outs])
+
+
+def forget() -> None:
+    """Forget calls and programs; for tests, which change where kernels run."""
+    _prepared.clear()
+    _programs.clear()
+
+
+def describe(x, tensors: list[Tensor], first: dict[int, int]):
+    """What a call depends on of an argument: a tensor's looks and whether it came before, anything else's type and value."""
+    if isinstance(x, Tensor):
+        tensors.append(x)
+        return x.shape, x.dtype, x.device, first.setdefault(id(x), len(tensors))
+    if isinstance(x, tuple | list):
+        return type(x), *[describe(y, tensors, first) for y in x]
+    return type(x), x
 
 
 def execute(call: Call, requested: str | None) -> Any:

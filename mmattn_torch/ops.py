@@ -14,7 +14,7 @@ from mmattn.choice import Explanation
 from mmattn.op import Call, Row
 
 from . import _bind
-from ._bind import constant, constant_under_compile, execute
+from ._bind import constant, constant_under_compile, perform
 from ._choice import Implementation
 
 Streams = Tensor | tuple[Tensor, ...]
@@ -79,7 +79,7 @@ def layernorm_adaln(
     eps: float = 1e-6,
     implementation: Implementation | None = None,
 ) -> Tensor:
-    return execute(mmattn.layernorm_adaln(x, vector(scale), vector(shift), eps=constant(eps)), implementation)
+    return perform(mmattn.layernorm_adaln, implementation, x, vector(scale), vector(shift), eps=constant(eps))
 
 
 @documented(mmattn.rmsnorm_adaln)
@@ -91,7 +91,7 @@ def rmsnorm_adaln(
     eps: float = 1e-6,
     implementation: Implementation | None = None,
 ) -> Tensor:
-    return execute(mmattn.rmsnorm_adaln(x, vector(scale), vector(shift), eps=constant(eps)), implementation)
+    return perform(mmattn.rmsnorm_adaln, implementation, x, vector(scale), vector(shift), eps=constant(eps))
 
 
 @documented(mmattn.layer_norm)
@@ -103,19 +103,19 @@ def layer_norm(
     eps: float = 1e-6,
     implementation: Implementation | None = None,
 ) -> Tensor:
-    return execute(mmattn.layer_norm(x, weight, bias, eps=constant(eps)), implementation)
+    return perform(mmattn.layer_norm, implementation, x, weight, bias, eps=constant(eps))
 
 
 @documented(mmattn.rms_norm)
 def rms_norm(
     x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6, implementation: Implementation | None = None
 ) -> Tensor:
-    return execute(mmattn.rms_norm(x, weight, eps=constant(eps)), implementation)
+    return perform(mmattn.rms_norm, implementation, x, weight, eps=constant(eps))
 
 
 @documented(mmattn.gated_residual)
 def gated_residual(residual: Tensor, h: Tensor, gate: Tensor, *, implementation: Implementation | None = None) -> Tensor:
-    return execute(mmattn.gated_residual(residual, h, vector(gate)), implementation)
+    return perform(mmattn.gated_residual, implementation, residual, h, vector(gate))
 
 
 @documented(mmattn.qk_norm_rope)
@@ -135,7 +135,7 @@ def qk_norm_rope(
     static = dict(
         over=over, eps=constant(eps), cos=cos, sin=sin, start_pos=start_pos, layout=layout, start_extent=extent(start_pos)
     )
-    return execute(mmattn.qk_norm_rope(qkv, q_weight, k_weight, **static), implementation)
+    return perform(mmattn.qk_norm_rope, implementation, qkv, q_weight, k_weight, **static)
 
 
 @documented(mmattn.joint_attention)
@@ -152,10 +152,17 @@ def joint_attention(
     implementation: Implementation | None = None,
 ) -> Streams | tuple[Streams, Streams]:
     masks = dict(attn_mask=attn_mask, key_masks=key_masks, causal=causal)
-    call = mmattn.joint_attention(
-        autocast(q), autocast(k), autocast(v), **masks, scale=constant(scale), return_lse=return_lse, precision=precision()
+    return perform(
+        mmattn.joint_attention,
+        implementation,
+        autocast(q),
+        autocast(k),
+        autocast(v),
+        **masks,
+        scale=constant(scale),
+        return_lse=return_lse,
+        precision=precision(),
     )
-    return execute(call, implementation)
 
 
 @documented(mmattn.qk_norm_rope_attention)
@@ -181,10 +188,18 @@ def qk_norm_rope_attention(
         over=over, eps=constant(eps), cos=cos, sin=sin, start_pos=start_pos, layout=layout, start_extent=extent(start_pos)
     )
     masks = dict(attn_mask=attn_mask, key_masks=key_masks, causal=causal)
-    call = mmattn.qk_norm_rope_attention(
-        autocast(qkv), q_weight, k_weight, **norm, **masks, scale=constant(scale), return_lse=return_lse, precision=precision()
+    return perform(
+        mmattn.qk_norm_rope_attention,
+        implementation,
+        autocast(qkv),
+        q_weight,
+        k_weight,
+        **norm,
+        **masks,
+        scale=constant(scale),
+        return_lse=return_lse,
+        precision=precision(),
     )
-    return execute(call, implementation)
 
 
 @documented(mmattn.relu_linear_attention)
@@ -197,10 +212,16 @@ def relu_linear_attention(
     eps: float = 1e-6,
     implementation: Implementation | None = None,
 ) -> Streams:
-    call = mmattn.relu_linear_attention(
-        autocast(q), autocast(k), autocast(v), key_masks=key_masks, eps=constant(eps), precision=precision()
+    return perform(
+        mmattn.relu_linear_attention,
+        implementation,
+        autocast(q),
+        autocast(k),
+        autocast(v),
+        key_masks=key_masks,
+        eps=constant(eps),
+        precision=precision(),
     )
-    return execute(call, implementation)
 
 
 def explain(op: str | Callable, *args: Any, device: torch.device | str | None = None, **kwargs: Any) -> Explanation:

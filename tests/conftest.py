@@ -48,7 +48,7 @@ def framework(request):
 
 
 @pytest.fixture
-def kernels(monkeypatch):
+def kernels(request, monkeypatch):
     """implementation="triton" runs the kernels in both frameworks, on outputs that start as NaN."""
     if TORCH:
         from mmattn_torch import _bind
@@ -56,6 +56,8 @@ def kernels(monkeypatch):
         empty = _bind.empty
         poisoned = lambda spec, device: poison(empty(spec, device))
         monkeypatch.setattr(_bind, "empty", poisoned)
+        _bind.forget()
+        request.addfinalizer(_bind.forget)
     if GPU:
         return
     import interpreted

@@ -276,16 +276,16 @@ SOFTMAX = ("joint_attention", "qk_norm_rope_attention")
 def check(case: Case, dtype: str, result: Result) -> None:
     """At most twice as far from float64 as the float32 formula rounded once, plus half an ulp.
 
-    Softmax attention's formula takes dots of rounded operands, and P is rounded, as for tensor cores. There the largest error is
-    looked at too, at most three times as far, since one value is a noisier measure than all.
+    Softmax attention's formula takes dots of rounded operands, and P is rounded, as for tensor cores. There the largest
+    error is looked at too, relative to the largest value.
     """
     exact, plain = formula_in(case, dtype, "float64"), formula_in(case, dtype, "float32", case.call in SOFTMAX)
     assert result.values.keys() == exact.values.keys()
     for name, x in result.values.items():
         assert x.shape == exact.values[name].shape, name
         kind = result.dtypes[name]
-        for norm_name, times in dict(l2=2, max=2).items() if case.call in SOFTMAX else [("l2", 2)]:
+        for norm_name in ("l2", "max") if case.call in SOFTMAX else ("l2",):
             norm = NORMS[norm_name]
             error = distance(x, exact.values[name], norm)
-            budget = times * distance(rounded(plain.values[name], kind), exact.values[name], norm) + EPS[kind] / 2
-            assert error <= budget, f"{case} {dtype} {name}: {norm_name} error {error:.3g}, budget {budget:.3g}"
+            budget = 2 * distance(rounded(plain.values[name], kind), exact.values[name], norm) + EPS[kind] / 2
+            assert error <= budget < 1, f"{case} {dtype} {name}: {norm_name} error {error:.3g}, budget {budget:.3g}"
