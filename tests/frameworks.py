@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ def gpu_present() -> bool:
 
 
 GPU = gpu_present()
+recent = lru_cache(maxsize=8)  # the tests of a case follow one another, and large cases are large
 EPS = dict(float64=2.0**-52, float32=2.0**-23, float16=2.0**-10, bfloat16=2.0**-7)  # an ulp at 1
 
 
@@ -64,7 +65,7 @@ class Result(NamedTuple):
     dtypes: dict[str, str]
 
 
-@cache
+@recent
 def operands(case: Case, dtype: str) -> dict[str, np.ndarray]:
     """The case's operands by name, as float64 with values that dtype can hold; constants as they are."""
     rng = case.rng()
@@ -72,7 +73,7 @@ def operands(case: Case, dtype: str) -> dict[str, np.ndarray]:
     return {name: draw(leaf) for name, leaf in walk(case.operands)}
 
 
-@cache
+@recent
 def cotangents(case: Case, dtype: str) -> dict[str, np.ndarray]:
     """Random cotangents of every output; `.sum()` would give an unweighted LayerNorm a zero gradient."""
     rng = case.rng().spawn(1)[0]
@@ -85,7 +86,7 @@ def formula(xp, case: Case, arrays: dict):
     return call.result(call.op.reference(xp, SimpleNamespace(**call.operands), **dict(call.static)))
 
 
-@cache
+@recent
 def exact_outputs(case: Case, dtype: str) -> dict[str, np.ndarray]:
     with np.errstate(all="ignore"):
         return dict(walk(formula(np, case, operands(case, dtype)), "out"))
@@ -251,7 +252,7 @@ def shared_names(case: Case) -> set[str]:
     return {name for name, _ in walk(case.operands) if name.split("[")[0] in core.op.shared}
 
 
-@cache
+@recent
 def formula_in(case: Case, dtype: str, precision: str, rounded_dots: bool = False) -> Result:
     """The formula and its gradients in float64 or float32, at the operands and cotangents that dtype holds."""
     dtypes = {name: precision if leaf.differentiable else leaf.dtype for name, leaf in walk(case.operands)}

@@ -32,7 +32,7 @@ BUGS = [
     Bug("gate forgotten", "gated_residual-37x48", "residual.py", "(gate[None, :] * dout)", "dout"),
     Bug("rotation not undone", "qk_norm_rope-seed", ROPE, "turn(u_a, u_b, c, -s)", "turn(u_a, u_b, c, s)"),
     Bug("start position dropped", "qk_norm_rope-seed", ROPE, "    if STARTED:\n", "    if False:\n"),
-    Bug("no rescaling", "joint_attention-one-stream-130", FORWARD, "tl.dot(p, v, acc * decay, ", "tl.dot(p, v, acc, "),
+    Bug("no rescaling", "joint_attention-one-stream-130", FORWARD, "accumulate(acc, decay, ", "accumulate(acc, 1.0, "),
     Bug("key mask dropped", "joint_attention-one-key-mask", TOKENS, "inside &= tl.load(key_mask_ptr", "tl.load(key_mask_ptr"),
     Bug("causal by one", "joint_attention-causal", TOKENS, "(query >= key)", "(query > key)"),
     Bug("any() of the other axis", "joint_attention-mask", TOKENS, "tl.load(rows_ptr + batch", "tl.load(cols_ptr + batch"),

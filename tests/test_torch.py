@@ -518,7 +518,11 @@ def test_documentation(name):
     """help() shows the core's text and a signature that differs from the core's by types and `implementation`."""
     public, core = getattr(mmattn_torch, name), mmattn_torch.ops.CORE[name]
     assert inspect.getdoc(public).startswith(inspect.getdoc(core))
-    shape = lambda f: [(p.name, p.kind, p.default) for p in inspect.signature(f).parameters.values() if p.name not in ("precision", "start_extent")]
+    shape = lambda f: [
+        (p.name, p.kind, p.default)
+        for p in inspect.signature(f).parameters.values()
+        if p.name not in ("precision", "start_extent")
+    ]
     *parameters, last = shape(public)
     assert last == ("implementation", inspect.Parameter.KEYWORD_ONLY, None)
     assert parameters == shape(core)
@@ -527,7 +531,7 @@ def test_documentation(name):
 
 def test_remembered_calls_keep_their_tensors_apart(kernels):
     """A call is remembered by the looks of its tensors; one tensor for two arguments must not stand for two later on."""
-    x, a, b = torch.randn(2, 5, 16), torch.randn(2, 16), torch.randn(2, 16)
+    x, a, b = randn(2, 5, 16), randn(2, 16), randn(2, 16)
     for scale, shift in ((a, a), (a, b), (b, a)):
         arguments = [t.clone().requires_grad_() for t in (x, scale)]
         arguments.append(arguments[1] if scale is shift else shift.clone().requires_grad_())
@@ -535,5 +539,8 @@ def test_remembered_calls_keep_their_tensors_apart(kernels):
         for how in ("triton", "reference"):
             y = mmattn_torch.layernorm_adaln(*arguments, implementation=how)
             distinct = arguments[:2] if scale is shift else arguments
-            grads[how] = [y, *torch.autograd.grad(y, distinct, torch.linspace(-1, 1, y.numel()).reshape(y.shape))]
+            grads[how] = [
+                y,
+                *torch.autograd.grad(y, distinct, torch.linspace(-1, 1, y.numel(), device=y.device).reshape(y.shape)),
+            ]
         torch.testing.assert_close(grads["triton"], grads["reference"])

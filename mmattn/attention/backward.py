@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .._triton import tl, triton
-from .tokens import accumulate, allowed, kept, load_tokens, power, stream_of
+from .tokens import accumulate, allowed, kept, load_tokens, power, products, stream_of
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def gather_queries(
     q = load_tokens(q_ptr, batch, query, length, q_stride, cols, WIDTH, keep, whole).to(v.dtype)  # [QUERIES, COLS]
     do = load_tokens(do_ptr, batch, query, length, do_stride, cols, WIDTH, keep, whole)
     shift, factor, delta = load_row_statistics(lse_ptr, delta_ptr, statistics, query, length, EXACT)  # [QUERIES]
-    s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * SCALE  # [KEYS, QUERIES]
+    s = products(k, q, PRECISION, EXACT) * SCALE  # [KEYS, QUERIES]
     p = power(s - shift[None, :], EXACT)
     if EXACT:
         p *= factor[None, :]
@@ -84,7 +84,7 @@ def gather_queries(
         valid = allowed(mask_ptr, rows_ptr, cols_ptr, batch, i, t, query[None, :], key[:, None], first_length, CAUSAL, MASKED)
         p = tl.where(valid, p, 0.0)
     dv = accumulate(dv, 1.0, p.to(do.dtype), do, PRECISION, EXACT)
-    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [KEYS, QUERIES]
+    dp = products(v, do, PRECISION, EXACT)  # [KEYS, QUERIES]
     ds = p * (dp - delta[None, :])
     dk = accumulate(dk, 1.0, ds.to(q.dtype), q, PRECISION, EXACT)
     return dk, dv
@@ -186,7 +186,7 @@ def gather_keys(
     keep = kept(key_mask_ptr, batch, key, length, KEY_MASKED)
     v = load_tokens(v_ptr, batch, key, length, v_stride, cols, WIDTH, keep, whole)  # [KEYS, COLS]
     k = load_tokens(k_ptr, batch, key, length, k_stride, cols, WIDTH, keep, whole).to(v.dtype)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * SCALE  # [QUERIES, KEYS]
+    s = products(q, k, PRECISION, EXACT) * SCALE  # [QUERIES, KEYS]
     p = power(s - shift[:, None], EXACT)
     if EXACT:
         p *= factor[:, None]
@@ -195,7 +195,7 @@ def gather_keys(
     if CAUSAL or MASKED:
         valid = allowed(mask_ptr, rows_ptr, cols_ptr, batch, i, t, query[:, None], key[None, :], first_length, CAUSAL, MASKED)
         p = tl.where(valid, p, 0.0)
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    dp = products(do, v, PRECISION, EXACT)
     ds = p * (dp - delta[:, None])
     return accumulate(dq, 1.0, ds.to(k.dtype), k, PRECISION, EXACT)
 

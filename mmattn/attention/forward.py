@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from .._triton import tl, triton
-from .tokens import accumulate, allowed, kept, load_tokens, power, row_sum, stream_of
+from .tokens import accumulate, allowed, kept, load_tokens, power, products, row_sum, stream_of
 
 LN2: tl.constexpr = tl.constexpr(math.log(2))
 
@@ -24,7 +24,7 @@ def attend(
     keep = kept(key_mask_ptr, batch, key, length, KEY_MASKED)
     v = load_tokens(v_ptr, batch, key, length, v_stride, cols, WIDTH, keep, whole)  # [KEYS, COLS]
     k = load_tokens(k_ptr, batch, key, length, k_stride, cols, WIDTH, keep, whole).to(v.dtype)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * SCALE  # [QUERIES, KEYS]
+    s = products(q, k, PRECISION, EXACT) * SCALE  # [QUERIES, KEYS]
     if not whole:
         s = tl.where(keep[None, :], s, float("-inf"))
     if CAUSAL or MASKED:

@@ -20,19 +20,19 @@ def tiles(kind: str, d: int, dtype: str, masked: bool, precision: str) -> tuple[
     Below head width 64 exponentials and instruction issue bind, small programs of few warps keep all units busy (measured:
     64 x 64 tiles with 2 warps, docs/facts.md); a mask costs registers, so those take 4 warps. At 64 and above the tensor
     cores bind and wgmma wants 4 warps on 128 queries. IEEE float32 dots run on the FMA pipes with whole operand rows in
-    registers: small tiles, or they spill by the kilobyte.
+    registers: small tiles and 8 warps, or they spill by the kilobyte; 32 columns at least, for `products` to halve.
     """
     cols = max(16, next_power_of_2(d))
     if dtype == "float32" and precision == "ieee":
-        size = 32 if cols <= 64 else 16
-        return dict(QUERIES=size, KEYS=size, COLS=cols), 4 if cols <= 32 else 8, 1
+        cols = max(32, cols)
+        size = 32 if cols == 32 else 16
+        return dict(QUERIES=size, KEYS=size, COLS=cols), 8, 1
     if kind == "fwd" and not masked and dtype != "float32":
-        return (
-            (dict(QUERIES=64, KEYS=64, COLS=cols), 2, 2)
-            if cols <= 32
-            else (dict(QUERIES=128, KEYS=64, COLS=cols), 8 if cols > 64 else 4, 3)
-        )
-    return dict(QUERIES=64, KEYS=64, COLS=cols), 8 if cols > 64 else 4, 2 if dtype != "float32" else 1
+        if cols <= 32:
+            return dict(QUERIES=64, KEYS=64, COLS=cols), 2, 2
+        return dict(QUERIES=128, KEYS=64, COLS=cols), 8 if cols > 64 else 4, 3
+    keys = 32 if kind == "fwd" and cols == 32 else 64  # 64 spill
+    return dict(QUERIES=64, KEYS=keys, COLS=cols), 8 if cols > 64 else 4, 2 if dtype != "float32" else 1
 
 
 def meta(a, kind: str, *, causal: bool, scale: float, precision: str, v_at: int = 0, **more) -> tuple[dict, int, int]:

@@ -60,6 +60,19 @@ def power(x, EXACT: tl.constexpr):
 
 
 @triton.jit
+def products(x, y, PRECISION: tl.constexpr, EXACT: tl.constexpr):
+    """x y^T of tiles [ROWS, COLS]. EXACT: in parts of 16 columns, since rounding errors grow with the length of a sum; an fma
+    adds them, as the compiler would make one chain of two dots and a sum."""
+    if EXACT and x.shape[1] > 16:
+        x_even, x_odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+        y_even, y_odd = tl.split(tl.reshape(y, (y.shape[0], y.shape[1] // 2, 2)))
+        even = products(x_even, y_even, PRECISION, EXACT)
+        return tl.fma(even, tl.full(even.shape, 1.0, tl.float32), products(x_odd, y_odd, PRECISION, EXACT))
+    else:
+        return tl.dot(x, tl.trans(y), input_precision=PRECISION)
+
+
+@triton.jit
 def accumulate(acc, decay, a, b, PRECISION: tl.constexpr, EXACT: tl.constexpr):
     """acc * decay + a b. EXACT: the product is summed by itself, so that rounding errors add up over a block, not a sequence."""
     if EXACT:
