@@ -278,14 +278,16 @@ def check(case: Case, dtype: str, result: Result) -> None:
     """At most twice as far from float64 as the float32 formula rounded once, plus half an ulp.
 
     Softmax attention's formula takes dots of rounded operands, and P is rounded, as for tensor cores. There the largest
-    error is looked at too, relative to the largest value.
+    error of outputs and token gradients is looked at too, relative to the largest value. The gains' gradients are the norm's,
+    a few dozen sums over all tokens, and are judged as the norm's own are.
     """
+    shared = {f"d{name}" for name in shared_names(case)}
     exact, plain = formula_in(case, dtype, "float64"), formula_in(case, dtype, "float32", case.call in SOFTMAX)
     assert result.values.keys() == exact.values.keys()
     for name, x in result.values.items():
         assert x.shape == exact.values[name].shape, name
         kind = result.dtypes[name]
-        for norm_name in ("l2", "max") if case.call in SOFTMAX else ("l2",):
+        for norm_name in ("l2", "max") if case.call in SOFTMAX and name not in shared else ("l2",):
             norm = NORMS[norm_name]
             error = distance(x, exact.values[name], norm)
             budget = 2 * distance(rounded(plain.values[name], kind), exact.values[name], norm) + EPS[kind] / 2

@@ -44,7 +44,7 @@ def fused_backward(run, a, outs, extras, douts, *, return_lse, **static):
     n = len(a.qkv)
     norm, attention = parts(static)
     b, v_at = on_packed(a, tuple(extras[:n]), tuple(extras[n : 2 * n]))
-    dq, dk, dv = attention_backward(run, b, outs, extras[2 * n :], douts, **attention, **v_at)
+    dq, dk, dv = attention_backward(run, b, outs, extras[2 * n :], douts, wide=True, **attention, **v_at)
     return norm_backward(run, a, dq, dk, dv, a.key_masks, **norm)
 
 

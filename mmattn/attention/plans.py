@@ -158,8 +158,8 @@ def attention_forward(run, a, *, return_lse: bool, precision: str, **static):
     return (o + log if return_lse else o), lse + anys
 
 
-def attention_backward(run, a, outs, residuals, douts, *, precision: str, **static):
-    """dq, dk, dv of every stream, from what attention_forward returned."""
+def attention_backward(run, a, outs, residuals, douts, *, precision: str, wide: bool = False, **static):
+    """dq, dk, dv of every stream, from what attention_forward returned; wide: dq and dk in float32, for an op that goes on."""
     B, _, H, d = a.q[0].shape
     n = len(a.q)
     o, do, dlse, lse, anys = outs[:n], douts[:n], douts[n:], residuals[:n], residuals[n:]
@@ -167,10 +167,12 @@ def attention_backward(run, a, outs, residuals, douts, *, precision: str, **stat
     inputs = (*a.q, *a.k, *a.v, *mask_inputs(a, anys), *do, *lse, *delta)
     static |= dict(precision=precision, GRADIENT_SCALE=static["scale"])
     constants, warps, stages = meta(a, "dkdv", **static)
-    outs = tuple(Spec(tuple(x.shape), spec(x).dtype) for x in a.k) + tuple(Spec(tuple(x.shape), spec(a.v[0]).dtype) for x in a.k)
+    outs = tuple(Spec(tuple(x.shape), "float32" if wide else spec(x).dtype) for x in a.k) + tuple(
+        Spec(tuple(x.shape), spec(a.v[0]).dtype) for x in a.k
+    )
     p = plan(joint_attention_bwd_dkdv_body, lengths(a), B * H, constants["KEYS"], outs, tuple(constants.items()), warps, stages)
     dkdv = tuple(run(p, *inputs))
     constants, warps, stages = meta(a, "dq", **static)
-    outs = tuple(Spec(tuple(x.shape), spec(x).dtype) for x in a.q)
+    outs = tuple(Spec(tuple(x.shape), "float32" if wide else spec(x).dtype) for x in a.q)
     p = plan(joint_attention_bwd_dq_body, lengths(a), B * H, constants["QUERIES"], outs, tuple(constants.items()), warps, stages)
     return tuple(run(p, *inputs)), dkdv[:n], dkdv[n:]
