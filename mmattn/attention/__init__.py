@@ -2,7 +2,8 @@
 
     o_s = softmax(scale * q_s [k_0, k_1, ...]^T + mask) [v_0, v_1, ...]        lse_s = log sum exp of the same scores
 The streams stay in their own buffers: a program loops over one stream's keys after the other. Scores, softmax and sums
-are float32, in base 2; P is rounded to v's dtype for the tensor cores.  Dao 2023, arXiv:2307.08691 (FlashAttention-2);
+are float32, in base 2 (base e for float32 inputs in IEEE precision, see `power`); P is rounded to v's dtype for the tensor
+cores.  Dao 2023, arXiv:2307.08691 (FlashAttention-2);
 joint attention of MMDiT: Esser et al. 2024, arXiv:2403.03206.
 
 Masks. A key mask (B, L_s) silences a token both ways. The (B, L, L) mask belongs to the first stream; for a pair with

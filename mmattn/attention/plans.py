@@ -146,7 +146,8 @@ def any_specs(a) -> tuple[Spec, ...]:
 
 
 def attention_forward(run, a, *, return_lse: bool, precision: str, **static):
-    """Outputs, followed by the log-sum-exps where they are wanted, and residuals: those in base 2, the mask's any() vectors."""
+    """Outputs, followed by the log-sum-exps where they are wanted, and residuals: what `lse_specs` says of each
+    row, and the mask's any() vectors."""
     B, _, H, _ = a.q[0].shape
     anys = tuple(run(any_plan(spec(a.attn_mask)), a.attn_mask)) if any_specs(a) else ()
     n = len(a.q)
