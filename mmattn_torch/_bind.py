@@ -3,8 +3,8 @@
 An op gets two operators, the stable face for torch.compile, export and dispatch modes; both always launch kernels:
     mmattn::<op>_fwd(Tensor[] arrays, str call) -> Tensor[]                  outs, then residuals
     mmattn::<op>_bwd(Tensor[] kept, Tensor[] douts, str call) -> Tensor[]    gradients of what is neither constant nor passed
-`call` is the text of (layout, static): where the arrays belong, and the static arguments. No size of an array is in it, so
-that a dynamic length does not change it.
+`call` is the text of (name, layout, static): the public function, where the arrays belong, and the static arguments. No size of
+an array is in it, so that a dynamic length does not change it.
 
 Autograd is a Function in the operators' Autograd kernels. Any call that somebody may want to see or transform (compiling,
 torch.func, dispatch modes, tensor subclasses, forward mode, a profiler) goes through the operator, so one code path serves all
@@ -32,7 +32,7 @@ from torch.nn import Parameter
 
 import mmattn
 from mmattn._triton import triton
-from mmattn.choice import Explanation, decide
+from mmattn.choice import Explanation, decide, not_a_gpu, old_gpu
 from mmattn.op import DTYPE_NAMES, Call, Layout, Op, Operands, Plan, Spec, Target, flatten, owners, row_stride, unflatten
 
 from . import _choice
@@ -98,11 +98,10 @@ def constant(x):
 def problem(device: torch.device) -> str | None:
     """Why the kernels cannot run on a device, None if they can."""
     if device.type != "cuda":
-        return f"the kernels run on CUDA GPUs, the tensors are on {device.type}"
+        return not_a_gpu(device.type)
     if not torch.cuda.is_available():
         return "torch sees no CUDA GPU"
-    arch = target(device).arch
-    return None if arch >= 80 else f"the kernels need compute capability 8.0, the GPU has {arch / 10}"
+    return old_gpu(target(device).arch)
 
 
 @cache
@@ -248,7 +247,7 @@ class Meaning:
 
     def __init__(self, op: Op, text: str):
         self.op, self.text = op, text
-        self.layout, static = ast.literal_eval(text)
+        self.name, self.layout, static = ast.literal_eval(text)
         self.static = dict(static)
         self.owners = owners(self.layout)
         self.kept = [i for i, name in enumerate(self.owners) if name in op.keeps]
@@ -301,8 +300,8 @@ meaning = cache(Meaning)
 
 
 @cache
-def call_text(layout: Layout, static: tuple) -> str:
-    return repr((layout, static))
+def call_text(name: str, layout: Layout, static: tuple) -> str:
+    return repr((name, layout, static))
 
 
 class Operators(NamedTuple):
@@ -356,9 +355,9 @@ def below_autograd():
                 yield
 
 
-def refuse(op: Op, what: str):
+def refuse(m: Meaning, what: str):
     raise RuntimeError(
-        f'{op.name}: the Triton kernels have no {what}; call it with implementation="reference", or under '
+        f'{m.name}: the Triton kernels have no {what}; call it with implementation="reference", or under '
         f'mmattn_torch.implementation("reference"), where {what} goes through plain torch code.'
     )
 
@@ -388,7 +387,7 @@ class Forward(_SingleLevelFunction):
 
     @staticmethod
     def jvp(ctx, *tangents):
-        refuse(ctx.meaning.op, "forward-mode derivative")
+        refuse(ctx.meaning, "forward-mode derivative")
 
 
 class EagerForward(Forward):
@@ -413,17 +412,17 @@ def keep(ctx, m: Meaning, arrays: Sequence[Tensor], results: Sequence[Tensor], o
 class Backward(_SingleLevelFunction):
     @staticmethod
     def forward(ctx, operators: Operators, call: str, kept: int, *arrays: Tensor):
-        ctx.op = operators.op
+        ctx.meaning = meaning(operators.op, call)
         with below_autograd():
             return tuple(operators.backward(list(arrays[:kept]), list(arrays[kept:]), call))
 
     @staticmethod
     def backward(ctx, *_):
-        refuse(ctx.op, "second derivative")
+        refuse(ctx.meaning, "second derivative")
 
     @staticmethod
     def jvp(ctx, *_):
-        refuse(ctx.op, "second derivative")
+        refuse(ctx.meaning, "second derivative")
 
 
 def autograd_forward(operators: Operators, arrays: list[Tensor], call: str) -> list[Tensor]:
@@ -480,18 +479,19 @@ def register(op: Op) -> Operators:
 OPERATORS = {op.name: register(op) for op in mmattn.OPS}
 
 
-def common_device(op: Op, arrays: Sequence, layout: Layout) -> torch.device:
+def common_device(call: Call) -> torch.device:
     """The device of all arrays, which must be tensors."""
+    arrays, layout = flatten(call.op, call.operands)
     for i, x in enumerate(arrays):
         if not isinstance(x, Tensor):
             owner = owners(layout)[i]
             raise TypeError(
-                f"{op.name}: {owner} is a {type(x).__name__}; expected a torch.Tensor. Convert it with torch.as_tensor."
+                f"{call.name}: {owner} is a {type(x).__name__}; expected a torch.Tensor. Convert it with torch.as_tensor."
             )
         if x.device != arrays[0].device:
             first, owner = owners(layout)[0], owners(layout)[i]
             raise ValueError(
-                f"{op.name}: {owner} is on {x.device}; expected {arrays[0].device}, where {first} is. "
+                f"{call.name}: {owner} is on {x.device}; expected {arrays[0].device}, where {first} is. "
                 f"Move it with {owner}.to({first}.device)."
             )
     return arrays[0].device
@@ -499,8 +499,7 @@ def common_device(op: Op, arrays: Sequence, layout: Layout) -> torch.device:
 
 def explain(call: Call, requested: str | None, device: torch.device | None) -> Explanation:
     """The path that a call would take on a device, the tensors' own unless given; for meta tensors a GPU if there is one."""
-    arrays, layout = flatten(call.op, call.operands)
-    device = device or common_device(call.op, arrays, layout)
+    device = device or common_device(call)
     if device.type == "meta":
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     return decide(call, requested, current(), problem(device))
@@ -535,20 +534,20 @@ def plain() -> bool:
 def perform(core: Callable[..., Call], requested: str | None, *args, **kwargs) -> Any:
     """The public result of core(*args, **kwargs). One core is always called with the same names in the same order."""
     if torch.compiler.is_compiling():
-        return execute(core(*args, **{name: constant(x) for name, x in kwargs.items()}), requested)
+        return execute(checked(core, args, {name: constant(x) for name, x in kwargs.items()}), requested)
     if not plain():
-        return execute(core(*args, **kwargs), requested)
+        return execute(checked(core, args, kwargs), requested)
     key, tensors, addresses = [core, requested, _choice.default], [], []
     if not describe((*args, *kwargs.values()), key, tensors, addresses):
-        return execute(core(*args, **kwargs), requested)
+        return execute(checked(core, args, kwargs), requested)
     key = tuple(key)
     prepared = _prepared.get(key)
     if prepared is None:
-        call = core(*args, **kwargs)
+        call = checked(core, args, kwargs)
         if path(call, requested) != "triton":
             return execute(call, requested)
         seen = []
-        call = core(*apart(args, seen), **{name: apart(x, seen) for name, x in kwargs.items()})
+        call = checked(core, apart(args, seen), {name: apart(x, seen) for name, x in kwargs.items()})
         prepared = prepare(call, seen)
         remember(_prepared, key, prepared)
     if prepared.order is not None:
@@ -558,10 +557,15 @@ def perform(core: Callable[..., Call], requested: str | None, *args, **kwargs) -
     return prepared.result(prepared.program(tensors, addresses)[: prepared.outs])
 
 
+def checked(core: Callable[..., Call], args: tuple, kwargs: dict[str, Any]) -> Call:
+    call = core(*args, **kwargs)
+    return Call(call.op, call.operands, call.static, call.result, core.__name__)  # torch.compile traces no _replace
+
+
 def prepare(call: Call, tensors: list[Tensor]) -> Prepared:
     """Everything about a call but its tensors."""
     arrays, layout = flatten(call.op, call.operands)
-    m = meaning(call.op, call_text(layout, call.static))
+    m = meaning(call.op, call_text(call.name, layout, call.static))
     order = [next(i for i, x in enumerate(tensors) if x is array) for array in arrays]
     program, _ = record(call.op, m.owners, [x.detach() for x in arrays], m.forward)
     outs = m.number_of_outs(arrays)
@@ -585,8 +589,7 @@ def forget() -> None:
 
 
 def path(call: Call, requested: str | None) -> str:
-    arrays, layout = flatten(call.op, call.operands)
-    return decide(call, requested, current(), problem(common_device(call.op, arrays, layout))).path
+    return decide(call, requested, current(), problem(common_device(call))).path
 
 
 def execute(call: Call, requested: str | None) -> Any:
@@ -618,6 +621,6 @@ def run_kernels(call: Call) -> Sequence[Tensor]:
     if torch.compiler.is_compiling():
         static = tuple((name, constant(value)) for name, value in call.static)
         outs, _ = call.op.infer(Operands(**call.operands), **dict(static))
-        return operators.forward(arrays, repr((layout, static)))[: len(outs)]
-    text = call_text(layout, call.static)
+        return operators.forward(arrays, repr((call.name, layout, static)))[: len(outs)]
+    text = call_text(call.name, layout, call.static)
     return operators.forward(arrays, text)[: meaning(call.op, text).number_of_outs(arrays)]

@@ -232,5 +232,5 @@ def explain(op: str | Callable, *args: Any, device: torch.device | str | None = 
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     check.choice("explain", "op", name, tuple(CORE))
     requested = kwargs.pop("implementation", None)
-    call = CORE[name](*args, **kwargs)
+    call = _bind.checked(CORE[name], args, kwargs)
     return _bind.explain(call, requested, None if device is None else torch.device(device))
