@@ -33,7 +33,7 @@ from torch.nn import Parameter
 import mmattn
 from mmattn._triton import triton
 from mmattn.choice import Explanation, decide, not_a_gpu, old_gpu
-from mmattn.op import DTYPE_NAMES, Call, Layout, Op, Operands, Plan, Spec, Target, flatten, owners, row_stride, unflatten
+from mmattn.op import DTYPE_NAMES, UNUSED, Call, Layout, Op, Operands, Plan, Spec, Target, flatten, owners, row_stride, unflatten
 
 from . import _choice
 from ._choice import current
@@ -131,13 +131,20 @@ def follow(steps: Sequence[Step], arrays: list[Tensor], addresses: list[int], de
     """Launch steps; each one's outputs and their addresses join the arrays."""
     for step in steps:
         for out in step.plan.outs:
-            x = empty(out, device)
+            x = spare(device) if out is UNUSED else empty(out, device)
             arrays.append(x)
             addresses.append(x.data_ptr())
-        if step.again is None:
+        again = step.again
+        if again is None:
             step.first(arrays)
         else:
-            step.again([addresses[i] for i in step.at])
+            again([addresses[i] for i in step.at])
+
+
+@cache
+def spare(device: torch.device) -> Tensor:
+    """What stands for outputs that no launch writes."""
+    return empty(UNUSED, device)
 
 
 class Run:
@@ -167,12 +174,13 @@ class Program(NamedTuple):
     steps: list[Step]
     results: list[int]
 
-    def __call__(self, arrays: Sequence[Tensor], addresses: Sequence[int]) -> list[Tensor]:
+    def __call__(self, arrays: Sequence[Tensor], addresses: list[int]) -> list[Tensor]:
+        """addresses: the arrays' own; what was allocated joins them."""
         device, copied, steps, results = self
         if device.index is not None and device.index != torch._C._cuda_getDevice():
             with torch.cuda.device(device):
                 return self(arrays, addresses)
-        arrays, addresses = list(arrays), list(addresses)
+        arrays = list(arrays)
         for i in copied:
             arrays[i] = arrays[i].contiguous()
             addresses[i] = arrays[i].data_ptr()
@@ -362,21 +370,30 @@ def refuse(m: Meaning, what: str):
     )
 
 
+class Kept(NamedTuple):
+    """What a Forward leaves for its backward, besides tensors."""
+
+    meaning: Meaning
+    outs: list[tuple[torch.Size, torch.dtype]]
+
+
 class Forward(_SingleLevelFunction):
     @staticmethod
     def forward(ctx, m: Meaning, *arrays: Tensor):
         with below_autograd():
             results = OPERATORS[m.op.name].forward(list(arrays), m.text)
         n = m.number_of_outs(arrays)
-        keep(ctx, m, arrays, results, n)
+        ctx.kept = Kept(m, [(x.shape, x.dtype) for x in results[:n]])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*m.residuals(arrays, results, n))
         ctx.mark_non_differentiable(*results[n:])
         return tuple(results)
 
     @staticmethod
     def backward(ctx, *douts: Tensor | None):
-        m, kept = ctx.meaning, ctx.saved_tensors
+        (m, outs), kept = ctx.kept, ctx.saved_tensors
         douts = [
-            kept[0].new_zeros(shape, dtype=dtype) if d is None else d for d, (shape, dtype) in zip(douts, ctx.outs, strict=False)
+            kept[0].new_zeros(shape, dtype=dtype) if d is None else d for d, (shape, dtype) in zip(douts, outs, strict=False)
         ]
         if not torch.is_grad_enabled() and plain() and {*map(type, kept), *map(type, douts)} <= PLAIN:
             grads = differentiate(m, kept, douts)
@@ -387,7 +404,7 @@ class Forward(_SingleLevelFunction):
 
     @staticmethod
     def jvp(ctx, *tangents):
-        refuse(ctx.meaning, "forward-mode derivative")
+        refuse(ctx.kept.meaning, "forward-mode derivative")
 
 
 class EagerForward(Forward):
@@ -397,16 +414,10 @@ class EagerForward(Forward):
     def forward(ctx, call: tuple[Prepared, list[int]], *arrays: Tensor):
         prepared, addresses = call
         results = prepared.program(arrays, addresses)
-        keep(ctx, prepared.meaning, arrays, results, prepared.outs)
+        ctx.kept = prepared.kept
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*prepared.kept.meaning.residuals(arrays, results, prepared.outs))
         return tuple(results[: prepared.outs])
-
-
-def keep(ctx, m: Meaning, arrays: Sequence[Tensor], results: Sequence[Tensor], outs: int) -> None:
-    """What a Forward leaves for its backward."""
-    ctx.meaning = m
-    ctx.outs = [(x.shape, x.dtype) for x in results[:outs]]
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*m.residuals(arrays, results, outs))
 
 
 class Backward(_SingleLevelFunction):
@@ -508,7 +519,7 @@ def explain(call: Call, requested: str | None, device: torch.device | None) -> E
 class Prepared(NamedTuple):
     """A call that takes the kernels, as far as the looks of its arguments determine it."""
 
-    meaning: Meaning
+    kept: Kept
     order: list[int] | None  # of the op's arrays among the call's tensors, None if it is theirs
     program: Program
     outs: int
@@ -567,9 +578,15 @@ def prepare(call: Call, tensors: list[Tensor]) -> Prepared:
     arrays, layout = flatten(call.op, call.operands)
     m = meaning(call.op, call_text(call.name, layout, call.static))
     order = [next(i for i, x in enumerate(tensors) if x is array) for array in arrays]
-    program, _ = record(call.op, m.owners, [x.detach() for x in arrays], m.forward)
+    program, results = record(call.op, m.owners, [x.detach() for x in arrays], m.forward)
     outs = m.number_of_outs(arrays)
-    return Prepared(m, None if order == list(range(len(tensors))) else order, program, outs, call.result)
+    return Prepared(
+        Kept(m, [(x.shape, x.dtype) for x in results[:outs]]),
+        None if order == list(range(len(tensors))) else order,
+        program,
+        outs,
+        call.result,
+    )
 
 
 def apart(x, seen: list[Tensor]):
