@@ -170,14 +170,15 @@ class Program(NamedTuple):
     can be repeated on other such arrays without asking the op again."""
 
     device: torch.device
+    index: int | None  # of a GPU
     copied: list[int]  # arrays that the kernels cannot read in place
     steps: list[Step]
     results: list[int]
 
     def __call__(self, arrays: Sequence[Tensor], addresses: list[int]) -> list[Tensor]:
         """addresses: the arrays' own; what was allocated joins them."""
-        device, copied, steps, results = self
-        if device.index is not None and device.index != torch._C._cuda_getDevice():
+        device, index, copied, steps, results = self
+        if index is not None and index != torch._C._cuda_getDevice():
             with torch.cuda.device(device):
                 return self(arrays, addresses)
         arrays = list(arrays)
@@ -202,7 +203,7 @@ def record(op: Op, owners: Sequence[str], arrays: Sequence[Tensor], compute: Cal
         run = Run(device, inputs)
         results = compute(run, inputs)
     copied = [i for i, x in enumerate(arrays) if x.data_ptr() != inputs[i].data_ptr()]
-    return Program(device, copied, run.steps, [run.position(x) for x in results]), results
+    return Program(device, device.index, copied, run.steps, [run.position(x) for x in results]), results
 
 
 _programs: dict[tuple, Program] = {}
