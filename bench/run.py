@@ -120,13 +120,13 @@ def measure(p: Problem, work: Work, mode: str, exact_results) -> dict:
     return timed(times, error, host, host_no_grad, kernels)
 
 
-def relative_error(p: Problem, mode: str, work: Work, results, exact_results) -> float | None:
-    """Largest ||x - float64|| / ||float64|| of the outputs or gradients of the first input set."""
+def relative_error(p: Problem, mode: str, work: Work, results, exact_results, limit: float | None = None) -> float | None:
+    """Largest ||x - float64|| / ||float64|| of the outputs or gradients of the first input set; Wrong if beyond the limit."""
     if exact_results is None:
         return None
     pairs = zip(sampled(p, mode, as_torch(work.common(results))), exact_results, strict=True)
     error = max(((x.double() - y).norm() / y.norm()).item() for x, y in pairs)
-    if not error <= WRONG[dtype_of(p)]:
+    if not error <= (limit or WRONG[dtype_of(p)]):
         raise Wrong(f"relative error {error:.1e} from float64")
     return error
 

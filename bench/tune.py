@@ -7,7 +7,9 @@ import pkgutil
 import sys
 import time
 from importlib import import_module
+from typing import NamedTuple
 
+import jax
 import torch
 from torch._functorch import config as functorch_config
 
@@ -17,7 +19,7 @@ import mmattn_torch
 from mmattn import tuned
 
 from . import shapes, timing
-from .providers import Problem, count, exact, ours_jax, ours_torch, problem
+from .providers import Problem, Work, count, exact, ours_jax, ours_torch, problem
 from .run import clear, jax_function, reason, relative_error, together, torch_calls
 
 
@@ -44,27 +46,44 @@ def keys_of(p: Problem) -> list[tuned.Key]:
     return [key for key in tuned.asked if len(candidates(key)) > 1]
 
 
-def seconds(p: Problem, key: tuned.Key, config: tuned.Config, exact_results: dict) -> float:
-    """Device time of forward and backward, after their check."""
+class Trial(NamedTuple):
+    """A problem, what its results should be, and how far from that the present configuration is, for each mode."""
+
+    problem: Problem
+    exact: dict[str, tuple]
+    errors: dict[str, float]
+
+
+def trial(p: Problem) -> Trial:
+    modes, work = ("fwd", "bwd"), ours_torch(p)
+    results = {mode: exact(p, mode) for mode in modes}
+    return Trial(p, results, {mode: relative_error(p, mode, work, torch_calls(work, mode)[0](), results[mode]) for mode in modes})
+
+
+def checked(t: Trial, work: Work, mode: str, results) -> None:
+    """A configuration changes the order of sums, which moves errors a little; more is a miscompiled kernel."""
+    relative_error(t.problem, mode, work, results, t.exact[mode], 1.5 * t.errors[mode])
+
+
+def microseconds(t: Trial, key: tuned.Key, config: tuned.Config) -> float:
+    """Device time of forward and backward, each checked first."""
     forget()
     with tuned.trying(key, config):
-        work, total = ours_torch(p), 0.0
-        for mode, results in exact_results.items():
+        work, total = ours_torch(t.problem), 0.0
+        for mode in t.exact:
             calls = torch_calls(work, mode)
-            relative_error(p, mode, work, calls[0](), results)
+            checked(t, work, mode, calls[0]())
             total += timing.quantiles(timing.graph(calls))[1]
     return total
 
 
-def check_jax(p: Problem, key: tuned.Key, config: tuned.Config, exact_results: dict) -> None:
-    import jax
-
+def check_jax(t: Trial, key: tuned.Key, config: tuned.Config) -> None:
     forget()
     with tuned.trying(key, config):
-        work = ours_jax(p)
-        for mode, results in exact_results.items():
+        work = ours_jax(t.problem)
+        for mode in t.exact:
             fn, sets = jax_function(work, mode)
-            relative_error(p, mode, work, jax.block_until_ready(jax.jit(fn)(*sets[0])), results)
+            checked(t, work, mode, jax.block_until_ready(jax.jit(fn)(*sets[0])))
 
 
 def tune(what: str, shape_names: list[str] | None, dtype: str, limit_s: float | None, workers: int, warm: bool) -> None:
@@ -76,11 +95,10 @@ def tune(what: str, shape_names: list[str] | None, dtype: str, limit_s: float | 
     if workers:
         together([["tune", op, "--shapes", name, "--dtype", dtype, "--warm"] for op, name in cases], workers)
     times: dict[tuned.Key, dict[int, list[float]]] = {}  # of each candidate, over the shapes that share a key
-    problems = {}
     for op, name in cases:
         try:
             p = problem(op, name, getattr(torch, dtype), hot=warm)
-            keys, exact_results = keys_of(p), {mode: exact(p, mode) for mode in ("fwd", "bwd")}
+            keys, t = keys_of(p), trial(p)
         except Exception as error:
             print(f"{op} {name} skipped: {reason(error)}", flush=True)
             continue
@@ -90,18 +108,17 @@ def tune(what: str, shape_names: list[str] | None, dtype: str, limit_s: float | 
                     print(f"time is up: {key} on {op} {name} and what follows not measured", flush=True)
                     return
                 try:
-                    us = seconds(p, key, config, exact_results)
+                    us = microseconds(t, key, config)
                 except Exception as error:
                     print(f"{op} {name} {key} {config} refused: {reason(error)}", flush=True)
                     us = math.inf
                 times.setdefault(key, {}).setdefault(i, []).append(us)
-                problems[key] = (p, exact_results)
                 print(f"{op} {name} {key} {config}: {us:.2f} us", flush=True)
             if not warm:
-                settle(key, times[key], *problems[key])
+                settle(key, times[key], t)
 
 
-def settle(key: tuned.Key, times: dict[int, list[float]], p: Problem, exact_results: dict) -> None:
+def settle(key: tuned.Key, times: dict[int, list[float]], t: Trial) -> None:
     """Store the candidate with the smallest geometric mean that also passes in JAX; a refused one has an infinite time."""
     offered = candidates(key)
     mean = lambda i: sum(map(math.log, times[i]))
@@ -109,7 +126,7 @@ def settle(key: tuned.Key, times: dict[int, list[float]], p: Problem, exact_resu
         if mean(i) == math.inf:
             break
         try:
-            check_jax(p, key, offered[i], exact_results)
+            check_jax(t, key, offered[i])
         except Exception as error:
             print(f"{key} {offered[i]} refused in JAX: {reason(error)}", flush=True)
             continue
