@@ -139,12 +139,13 @@ class Op:
 
 
 class Call(NamedTuple):
-    """An op with checked operands; `result(outs)` is what the public function returns."""
+    """An op with checked operands; `result(outs)` is what the public function returns, which errors call `name`."""
 
     op: Op
     operands: dict[str, Any]
     static: tuple[tuple[str, Any], ...]
     result: Callable
+    name: str = ""
 
 
 class Operands:

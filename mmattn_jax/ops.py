@@ -39,7 +39,7 @@ def checked(name: str, args, kwargs) -> Call:
     """The Call of mmattn's function. NumPy arrays take JAX's dtypes but stay NumPy's, so that their values can be checked."""
     as_jax = lambda x: x.astype(jax.dtypes.canonicalize_dtype(x.dtype)) if isinstance(x, np.ndarray) else x
     args, kwargs = jax.tree.map(as_jax, (args, kwargs))
-    return getattr(mmattn, name)(*args, **kwargs)
+    return getattr(mmattn, name)(*args, **kwargs)._replace(name=name)
 
 
 def extent(start_pos) -> tuple[int, int] | None:

@@ -14,7 +14,7 @@ from mmattn.choice import Explanation
 from mmattn.op import Call, Row
 
 from . import _bind
-from ._bind import constant, constant_under_compile, perform
+from ._bind import constant_under_compile, perform
 from ._choice import Implementation
 
 Streams = Tensor | tuple[Tensor, ...]
@@ -79,7 +79,7 @@ def layernorm_adaln(
     eps: float = 1e-6,
     implementation: Implementation | None = None,
 ) -> Tensor:
-    return perform(mmattn.layernorm_adaln, implementation, x, vector(scale), vector(shift), eps=constant(eps))
+    return perform(mmattn.layernorm_adaln, implementation, x, vector(scale), vector(shift), eps=eps)
 
 
 @documented(mmattn.rmsnorm_adaln)
@@ -91,7 +91,7 @@ def rmsnorm_adaln(
     eps: float = 1e-6,
     implementation: Implementation | None = None,
 ) -> Tensor:
-    return perform(mmattn.rmsnorm_adaln, implementation, x, vector(scale), vector(shift), eps=constant(eps))
+    return perform(mmattn.rmsnorm_adaln, implementation, x, vector(scale), vector(shift), eps=eps)
 
 
 @documented(mmattn.layer_norm)
@@ -103,14 +103,14 @@ def layer_norm(
     eps: float = 1e-6,
     implementation: Implementation | None = None,
 ) -> Tensor:
-    return perform(mmattn.layer_norm, implementation, x, weight, bias, eps=constant(eps))
+    return perform(mmattn.layer_norm, implementation, x, weight, bias, eps=eps)
 
 
 @documented(mmattn.rms_norm)
 def rms_norm(
     x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6, implementation: Implementation | None = None
 ) -> Tensor:
-    return perform(mmattn.rms_norm, implementation, x, weight, eps=constant(eps))
+    return perform(mmattn.rms_norm, implementation, x, weight, eps=eps)
 
 
 @documented(mmattn.gated_residual)
@@ -132,9 +132,7 @@ def qk_norm_rope(
     layout: Literal["interleaved", "half"] = "interleaved",
     implementation: Implementation | None = None,
 ) -> tuple[Streams, Streams]:
-    static = dict(
-        over=over, eps=constant(eps), cos=cos, sin=sin, start_pos=start_pos, layout=layout, start_extent=extent(start_pos)
-    )
+    static = dict(over=over, eps=eps, cos=cos, sin=sin, start_pos=start_pos, layout=layout, start_extent=extent(start_pos))
     return perform(mmattn.qk_norm_rope, implementation, qkv, q_weight, k_weight, **static)
 
 
@@ -159,7 +157,7 @@ def joint_attention(
         autocast(k),
         autocast(v),
         **masks,
-        scale=constant(scale),
+        scale=scale,
         return_lse=return_lse,
         precision=precision(),
     )
@@ -184,9 +182,7 @@ def qk_norm_rope_attention(
     return_lse: bool = False,
     implementation: Implementation | None = None,
 ) -> Streams | tuple[Streams, Streams]:
-    norm = dict(
-        over=over, eps=constant(eps), cos=cos, sin=sin, start_pos=start_pos, layout=layout, start_extent=extent(start_pos)
-    )
+    norm = dict(over=over, eps=eps, cos=cos, sin=sin, start_pos=start_pos, layout=layout, start_extent=extent(start_pos))
     masks = dict(attn_mask=attn_mask, key_masks=key_masks, causal=causal)
     return perform(
         mmattn.qk_norm_rope_attention,
@@ -196,7 +192,7 @@ def qk_norm_rope_attention(
         k_weight,
         **norm,
         **masks,
-        scale=constant(scale),
+        scale=scale,
         return_lse=return_lse,
         precision=precision(),
     )
@@ -219,7 +215,7 @@ def relu_linear_attention(
         autocast(k),
         autocast(v),
         key_masks=key_masks,
-        eps=constant(eps),
+        eps=eps,
         precision=precision(),
     )
 
@@ -236,5 +232,5 @@ def explain(op: str | Callable, *args: Any, device: torch.device | str | None = 
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     check.choice("explain", "op", name, tuple(CORE))
     requested = kwargs.pop("implementation", None)
-    call = CORE[name](*args, **kwargs)
+    call = _bind.checked(CORE[name], args, kwargs)
     return _bind.explain(call, requested, None if device is None else torch.device(device))

@@ -476,7 +476,7 @@ def test_implementation_sets_and_restores(kernels):
 
 
 def test_unmet_request_says_why():
-    with pytest.raises(RuntimeError, match=r'implementation="triton" cannot be met: .* the tensors are on cpu'):
+    with pytest.raises(RuntimeError, match=r'rms_norm: implementation="triton" cannot be met: .* the arrays are on cpu'):
         mmattn_torch.rms_norm(torch.randn(2, 5, D), implementation="triton")
 
 
@@ -544,3 +544,56 @@ def test_remembered_calls_keep_their_tensors_apart(kernels):
                 *torch.autograd.grad(y, distinct, torch.linspace(-1, 1, y.numel(), device=y.device).reshape(y.shape)),
             ]
         torch.testing.assert_close(grads["triton"], grads["reference"])
+
+
+LOOKS = dict(
+    contiguous=lambda x: x,
+    strided=lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
+    permuted=lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    misaligned=lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x),
+)
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+@small_functions
+def test_second_call_repeats_the_first_on_new_tensors(f, look, kernels):
+    """The first call of a look is recorded, the second replayed, each forward and backward."""
+    for seed in range(2):
+        arguments = [look(x.detach() + seed).requires_grad_() for x in operands(f, 2, 7)]
+        same(with_gradients(f, arguments), with_gradients(lambda *a: f(*a, **REFERENCE), arguments), 1e-4)
+        with torch.no_grad():
+            same(f(*arguments), f(*arguments, **REFERENCE), 1e-4)
+
+
+def test_saved_tensors_may_come_back_with_other_looks(kernels):
+    """Hooks hand back copies, which need not have the strides of what was saved."""
+    x, scale = leaf(2, 7, D), leaf(2, 6 * D).chunk(6, -1)[1]
+    want = with_gradients(lambda x: adaln(x, scale, None), [x])
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t.shape) or t.clone(), LOOKS["permuted"]):
+        got = with_gradients(lambda x: adaln(x, scale, None), [x])
+    assert x.shape in packed
+    same(got, want, 0)
+
+
+def test_one_gradient_of_two_outputs(kernels):
+    """The gradient of an output that nobody used is None until the kernels need it."""
+    q, c = leaf(2, 7, HEADS, 24), leaf(2, 5, HEADS, 24)
+    first = lambda **how: mmattn_torch.joint_attention((q, c), (q, c), (q, c), **how)[0].sum()
+    same(torch.autograd.grad(first(), [q, c]), torch.autograd.grad(first(**REFERENCE), [q, c]), 1e-4)
+
+
+def test_eager_calls_ask_the_op_once(kernels, monkeypatch):
+    """After that its launches are repeated, by whichever way a call comes."""
+    x, asked, record = leaf(2, 5, D), [], _bind.record
+    monkeypatch.setattr(_bind, "record", lambda *a: asked.append(a) or record(*a))
+    for _ in range(3):
+        mmattn_torch.rms_norm(x).sum().backward()
+    assert len(asked) == 2
+
+
+def test_a_profiler_sees_the_operators(kernels):
+    x = leaf(2, 5, D)
+    with torch.profiler.profile() as profile:
+        mmattn_torch.rms_norm(x)
+    assert "mmattn::adaln_fwd" in {event.name for event in profile.events()}
