@@ -20,6 +20,7 @@ from ._choice import Implementation, current
 F = TypeVar("F", bound=Callable)
 Vector = ArrayLike | Row
 Streams = ArrayLike | tuple[ArrayLike, ...]
+Cast = Literal["after_weight", "before_weight", "none"]
 OptionalStreams = ArrayLike | tuple[ArrayLike | None, ...] | None
 ArrayStreams = jax.Array | tuple[jax.Array, ...]
 
@@ -68,10 +69,19 @@ def layernorm_adaln(
     scale: Vector | None = None,
     shift: Vector | None = None,
     *,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    rows: ArrayLike | None = None,
+    scale_base: ArrayLike | None = None,
+    shift_base: ArrayLike | None = None,
     eps: float = 1e-6,
+    zero_centered: bool = False,
+    cast: Cast = "after_weight",
     implementation: Implementation | None = None,
 ) -> jax.Array:
-    return call("layernorm_adaln", x, scale, shift, eps=eps, implementation=implementation)
+    vectors = dict(weight=weight, bias=bias, rows=rows, scale_base=scale_base, shift_base=shift_base)
+    how = dict(eps=eps, zero_centered=zero_centered, cast=cast, implementation=implementation)
+    return call("layernorm_adaln", x, scale, shift, **vectors, **how)
 
 
 @op
@@ -80,10 +90,19 @@ def rmsnorm_adaln(
     scale: Vector | None = None,
     shift: Vector | None = None,
     *,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    rows: ArrayLike | None = None,
+    scale_base: ArrayLike | None = None,
+    shift_base: ArrayLike | None = None,
     eps: float = 1e-6,
+    zero_centered: bool = False,
+    cast: Cast = "after_weight",
     implementation: Implementation | None = None,
 ) -> jax.Array:
-    return call("rmsnorm_adaln", x, scale, shift, eps=eps, implementation=implementation)
+    vectors = dict(weight=weight, bias=bias, rows=rows, scale_base=scale_base, shift_base=shift_base)
+    how = dict(eps=eps, zero_centered=zero_centered, cast=cast, implementation=implementation)
+    return call("rmsnorm_adaln", x, scale, shift, **vectors, **how)
 
 
 @op

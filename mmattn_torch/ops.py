@@ -18,6 +18,7 @@ from ._bind import constant, constant_under_compile, perform
 from ._choice import Implementation
 
 Streams = Tensor | tuple[Tensor, ...]
+Cast = Literal["after_weight", "before_weight", "none"]
 OptionalStreams = Tensor | tuple[Tensor | None, ...] | None
 
 CORE: dict[str, Callable[..., Call]] = {}  # public name -> the function that checks its arguments
@@ -76,10 +77,19 @@ def layernorm_adaln(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    rows: Tensor | None = None,
+    scale_base: Tensor | None = None,
+    shift_base: Tensor | None = None,
     eps: float = 1e-6,
+    zero_centered: bool = False,
+    cast: Cast = "after_weight",
     implementation: Implementation | None = None,
 ) -> Tensor:
-    return perform(mmattn.layernorm_adaln, implementation, x, vector(scale), vector(shift), eps=constant(eps))
+    vectors = dict(weight=weight, bias=bias, rows=rows, scale_base=scale_base, shift_base=shift_base)
+    how = dict(eps=constant(eps), zero_centered=zero_centered, cast=cast)
+    return perform(mmattn.layernorm_adaln, implementation, x, vector(scale), vector(shift), **vectors, **how)
 
 
 @documented(mmattn.rmsnorm_adaln)
@@ -88,10 +98,19 @@ def rmsnorm_adaln(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    rows: Tensor | None = None,
+    scale_base: Tensor | None = None,
+    shift_base: Tensor | None = None,
     eps: float = 1e-6,
+    zero_centered: bool = False,
+    cast: Cast = "after_weight",
     implementation: Implementation | None = None,
 ) -> Tensor:
-    return perform(mmattn.rmsnorm_adaln, implementation, x, vector(scale), vector(shift), eps=constant(eps))
+    vectors = dict(weight=weight, bias=bias, rows=rows, scale_base=scale_base, shift_base=shift_base)
+    how = dict(eps=constant(eps), zero_centered=zero_centered, cast=cast)
+    return perform(mmattn.rmsnorm_adaln, implementation, x, vector(scale), vector(shift), **vectors, **how)
 
 
 @documented(mmattn.layer_norm)

@@ -248,8 +248,10 @@ def call(framework, case: Case, dtype: str, implementation: str = "triton", time
 
 def shared_names(case: Case) -> set[str]:
     """The operands that all samples share, by name."""
-    core = getattr(mmattn, case.call)(**fill(case.operands, operands(case, "float32")), **case.static)
-    return {name for name, _ in walk(case.operands) if name.split("[")[0] in core.op.shared}
+    arrays = operands(case, "float32")
+    core = getattr(mmattn, case.call)(**fill(case.operands, arrays), **case.static)
+    shared = {id(x) for name, x in walk({name: x for name, x in core.operands.items() if name in core.op.shared})}
+    return {name for name, x in arrays.items() if id(x) in shared}
 
 
 @recent
