@@ -163,7 +163,12 @@ def sum_chunks_plan(part: Spec, out: Spec) -> Plan:
     N, chunks, D = part.shape
     t = sum_tile(D)
     return Plan(
-        sum_chunks_kernel, grid=(N * cdiv(D, t["COLS"]),), outs=(out,), ints=dict(CHUNKS=chunks), meta=dict(WIDTH=D, **t), warps=SUM_WARPS
+        sum_chunks_kernel,
+        grid=(N * cdiv(D, t["COLS"]),),
+        outs=(out,),
+        ints=dict(CHUNKS=chunks),
+        meta=dict(WIDTH=D, **t),
+        warps=SUM_WARPS,
     )
 
 

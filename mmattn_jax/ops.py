@@ -130,6 +130,25 @@ def gated_residual(residual: ArrayLike, h: ArrayLike, gate: Vector, *, implement
 
 
 @op
+def gated_residual_norm_adaln(
+    residual: ArrayLike,
+    h: ArrayLike,
+    gate: Vector,
+    scale: Vector | None = None,
+    shift: Vector | None = None,
+    *,
+    center: bool = True,
+    h_weight: ArrayLike | None = None,
+    h_eps: float = 1.1920929e-7,
+    eps: float = 1e-6,
+    gate_fn: Literal["identity", "tanh"] = "identity",
+    implementation: Implementation | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    how = dict(center=center, h_weight=h_weight, h_eps=h_eps, eps=eps, gate_fn=gate_fn, implementation=implementation)
+    return call("gated_residual_norm_adaln", residual, h, gate, scale, shift, **how)
+
+
+@op
 def qk_norm_rope(
     qkv: Streams,
     q_weight: Streams,

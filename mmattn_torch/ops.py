@@ -137,6 +137,26 @@ def gated_residual(residual: Tensor, h: Tensor, gate: Tensor, *, implementation:
     return perform(mmattn.gated_residual, implementation, residual, h, vector(gate))
 
 
+@documented(mmattn.gated_residual_norm_adaln)
+def gated_residual_norm_adaln(
+    residual: Tensor,
+    h: Tensor,
+    gate: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    center: bool = True,
+    h_weight: Tensor | None = None,
+    h_eps: float = 1.1920929e-7,
+    eps: float = 1e-6,
+    gate_fn: Literal["identity", "tanh"] = "identity",
+    implementation: Implementation | None = None,
+) -> tuple[Tensor, Tensor]:
+    rows = map(vector, (gate, scale, shift))
+    how = dict(center=center, h_weight=h_weight, h_eps=constant(h_eps), eps=constant(eps), gate_fn=gate_fn)
+    return perform(mmattn.gated_residual_norm_adaln, implementation, residual, h, *rows, **how)
+
+
 @documented(mmattn.qk_norm_rope)
 def qk_norm_rope(
     qkv: Streams,

@@ -246,6 +246,32 @@ def gated_residual_cases():
         yield Case("gated_residual", f"{B}x{L}x{D}", both(B, L, D) | sample(B, D, "gate"), **LARGE)
 
 
+def gated_residual_norm_adaln_cases():
+    def case(label, B, L, D, *vectors, weight=False, operands=None, row=None, **static):
+        both = dict(residual=Normal((B, L, D)), h=Normal((B, L, D)))
+        given = sample(B, D, "gate", *vectors) | (shared(D, "h_weight") if weight else {}) | (operands or {})
+        return Case("gated_residual_norm_adaln", label, both | given, static, **(row or {}))
+
+    modulated = ("scale", "shift")
+    yield case("37x48", 2, 37, 48, *modulated)
+    yield case("bare-rms", 2, 130, 96, center=False, eps=1e-5)
+    yield case("scale-alone-tanh", 3, 5, 48, "scale", gate_fn="tanh")
+    yield case("post-norm", 2, 130, 48, *modulated, weight=True)
+    yield case("lumina", 2, 37, 128, "scale", weight=True, center=False, gate_fn="tanh", eps=1e-5, h_eps=1e-5)
+    yield case("one-token", 1, 1, 8, "shift", weight=True)
+    rows = {name: Normal((2, 1, 48), dtype="float32") for name in ("gate", "scale", "shift")}
+    yield case("float32-vectors", 2, 37, 48, operands=rows, gate_fn="tanh")
+    packed = {name: Packed((2, 6, 48), i) for i, name in enumerate(("scale", "shift", "gate"))}
+    yield case("packed", 2, 37, 48, operands=packed)
+    chunks = {name: Chunk((2, 6 * 48), 48 * i, 48) for i, name in enumerate(("scale", "shift", "gate"))}
+    yield case("chunks", 2, 37, 48, weight=True, operands=chunks)
+    yield case("empty-batch", 0, 37, 48, *modulated, weight=True)
+    yield case("production", 2, 70, 1152, *modulated, weight=True, row=PRODUCTION)
+    for B, L, D in ((3, 333, 768), (1, 4100, 3072), (64, 3, 128), (1, 2, 16384)):
+        yield case(f"{B}x{L}x{D}", B, L, D, *modulated, row=LARGE)
+        yield case(f"post-norm-{B}x{L}x{D}", B, L, D, *modulated, weight=True, row=LARGE)
+
+
 def projections(B: int, H: int, d: int, *lengths: int, over: str, **how) -> dict:
     """Packed projections of each stream and the weights of their norms."""
     weight = lambda: tuple(Normal((H * d if over == "width" else d,), std=0.3, mean=1.0, **how) for _ in lengths)
@@ -371,6 +397,7 @@ def relu_linear_attention_cases():
 CASES = [
     *adaln_cases(),
     *gated_residual_cases(),
+    *gated_residual_norm_adaln_cases(),
     *qk_norm_rope_cases(),
     *joint_attention_cases(),
     *qk_norm_rope_attention_cases(),
