@@ -192,7 +192,7 @@ class Jax:
             return outs | {f"d{name}": grad for name, grad in grads.items()}
 
         arrays = {name: self.put(x, dtypes[name]) for name, x in arrays.items()}
-        widest = max(dtypes.values(), key=lambda name: np.dtype(numpy_dtype(name)).itemsize)
+        widest = max((dtypes[name] for name in wanted), key=lambda name: np.dtype(numpy_dtype(name)).itemsize)
         results = outs_and_grads(arrays, {name: self.put(x, widest) for name, x in douts.items()})
         return Result({name: self.get(x) for name, x in results.items()}, {name: dtype_name(x) for name, x in results.items()})
 
