@@ -142,6 +142,17 @@ def config(kernel: str, width: int) -> Config:
     return TUNED.get((kernel, cols)) or Config(rows, max(1, min(16, rows * cols // 1024)))
 
 
+def configs(kernel: str, width: int) -> list[Config]:
+    """What tuning should try: 8 to 64 elements a thread; for backward kernels also staged loads and programs per SM."""
+    cols = next_power_of_2(width)
+    rows = {max(1, size // cols) for size in (2048, 4096, 8192)}
+    tiles = [(r, w) for r in sorted(rows) for w in (1, 2, 4, 8, 16) if 8 <= r * cols // (32 * w) <= 64]
+    if kernel.endswith("fwd"):
+        return [Config(r, w) for r, w in tiles]
+    per_sm = lambda w: sorted({max(1, warps // w) for warps in (8, 16, 32)})
+    return [Config(r, w, stages, n) for r, w in tiles for stages in (1, 2, 3) for n in per_sm(w)]
+
+
 def tile(width: int, config: Config) -> dict[str, int]:
     return dict(ROWS=config.rows, COLS=next_power_of_2(width))
 
