@@ -59,7 +59,7 @@ def sum_rounded(residual, h, gate, h_weight, H_EPS: tl.constexpr, WIDTH: tl.cons
     return h, rstd, r.to(dtype)
 
 
-@triton.jit(do_not_specialize=["TOKENS", "GROUP"])
+@triton.jit(do_not_specialize=["TOKENS", "CHUNKS", "BLOCKS", "GROUP"])
 def gated_residual_norm_adaln_fwd_kernel(
     residual_ptr,  # (B, L, D)
     h_ptr,  # (B, L, D)
@@ -70,6 +70,8 @@ def gated_residual_norm_adaln_fwd_kernel(
     r_ptr,  # (B, L, D)
     y_ptr,  # (B, L, D)
     TOKENS,  # L
+    CHUNKS,
+    BLOCKS,  # blocks of ROWS tokens in a chunk
     GROUP,  # samples per group, B / G
     WIDTH: tl.constexpr,  # D
     EPS: tl.constexpr,
@@ -87,28 +89,29 @@ def gated_residual_norm_adaln_fwd_kernel(
     SHIFT_AT: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """Grid (B * cdiv(L, ROWS),): one program serves ROWS tokens of one sample."""
-    blocks = tl.cdiv(TOKENS, ROWS)
-    b = (tl.program_id(0) // blocks).to(tl.int64)
-    first = (tl.program_id(0) % blocks) * ROWS
+    """Grid (B * CHUNKS,): one program walks one chunk of one sample's tokens."""
+    b = (tl.program_id(0) // CHUNKS).to(tl.int64)
+    first = (tl.program_id(0) % CHUNKS) * BLOCKS * ROWS
     rows = tl.arange(0, ROWS)
     cols = tl.arange(0, COLS)
-    inside = (first + rows < TOKENS)[:, None] & (cols < WIDTH)[None, :]
-    start = (b * TOKENS + first) * WIDTH
     at = rows[:, None] * WIDTH + cols[None, :]
-    residual = load_tile(residual_ptr + start, at, inside)  # [ROWS, COLS]
-    h = load_tile(h_ptr + start, at, inside)
     gate = gate_value(load_vector(gate_ptr, b * GATE_STRIDE + GATE_AT, cols, WIDTH, True, 1.0), TANH)  # [COLS]
     h_weight = load_vector(h_weight_ptr, b // GROUP * WIDTH, cols, WIDTH, POST, 1.0)
     scale = load_vector(scale_ptr, b * SCALE_STRIDE + SCALE_AT, cols, WIDTH, SCALED, 0.0)
     shift = load_vector(shift_ptr, b * SHIFT_STRIDE + SHIFT_AT, cols, WIDTH, SHIFTED, 0.0)
-    _, _, r = sum_rounded(residual, h, gate, h_weight, H_EPS, WIDTH, POST, r_ptr.dtype.element_ty)
-    tl.store(r_ptr + start + at, r, mask=inside)
-    y, _ = normalize(r.to(tl.float32), inside, WIDTH, EPS, CENTER)
-    if SCALED or SHIFTED:
-        y = tl.fma(y, tl.broadcast_to((1.0 + scale)[None, :], y.shape), tl.broadcast_to(shift[None, :], y.shape))
-    tl.store(y_ptr + start + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+    for block in tl.range(0, BLOCKS, num_stages=STAGES):
+        inside = (first + block * ROWS + rows < TOKENS)[:, None] & (cols < WIDTH)[None, :]
+        start = (b * TOKENS + first + block * ROWS) * WIDTH
+        residual = load_tile(residual_ptr + start, at, inside)  # [ROWS, COLS]
+        h = load_tile(h_ptr + start, at, inside)
+        _, _, r = sum_rounded(residual, h, gate, h_weight, H_EPS, WIDTH, POST, r_ptr.dtype.element_ty)
+        tl.store(r_ptr + start + at, r, mask=inside)
+        y, _ = normalize(r.to(tl.float32), inside, WIDTH, EPS, CENTER)
+        if SCALED or SHIFTED:
+            y = tl.fma(y, tl.broadcast_to((1.0 + scale)[None, :], y.shape), tl.broadcast_to(shift[None, :], y.shape))
+        tl.store(y_ptr + start + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["TOKENS", "CHUNKS", "BLOCKS", "GROUP"])
@@ -267,15 +270,16 @@ def constants(a, static: dict, kernel) -> tuple:
 
 
 @cache
-def fwd_plan(x: Spec, G: int, meta: tuple) -> Plan:
+def fwd_plan(target: Target, x: Spec, G: int, meta: tuple) -> Plan:
     B, L, D = x.shape
     c = config("gated_residual_norm_adaln_fwd", D)
+    chunks, blocks = split(target, B, cdiv(L, c.rows), c.per_sm)
     return Plan(
         gated_residual_norm_adaln_fwd_kernel,
-        grid=(B * cdiv(L, c.rows),),
+        grid=(B * chunks,),
         outs=(x, x),
-        ints=dict(TOKENS=L, GROUP=B // G),
-        meta=dict(WIDTH=D, **dict(meta), **tile(D, c)),
+        ints=dict(TOKENS=L, CHUNKS=chunks, BLOCKS=blocks, GROUP=B // G),
+        meta=dict(WIDTH=D, **dict(meta), **tile(D, c), STAGES=c.stages),
         warps=c.warps,
     )
 
@@ -329,7 +333,7 @@ def infer(a, **_):
 def forward(run, a, **static):
     vectors = [a.residual if v is None else v for v in (a.gate, a.scale, a.shift, a.h_weight)]
     meta = constants(a, static, gated_residual_norm_adaln_fwd_kernel)
-    return run(fwd_plan(spec(a.residual), number_of_groups(a), meta), a.residual, a.h, *vectors), ()
+    return run(fwd_plan(run.target, spec(a.residual), number_of_groups(a), meta), a.residual, a.h, *vectors), ()
 
 
 def backward(run, a, outs, extras, douts, **static):

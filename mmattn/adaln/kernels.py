@@ -27,16 +27,14 @@ def indices(index_ptr, tokens, present, LINES):
 
 
 @triton.jit
-def load_modulation(
-    ptr, token_rows, inside, line, cols, KIND: tl.constexpr, STRIDE: tl.constexpr, AT: tl.constexpr, WIDTH: tl.constexpr
-):
-    """scale or shift in float32, broadcastable against [ROWS, COLS]; line is one number, or one per row of the tile."""
+def load_modulation(ptr, token, line, rows, cols, inside, KIND: tl.constexpr, STRIDE: tl.constexpr):
+    """What each token of a tile has of its own of scale or shift, [ROWS, COLS] in float32, or a row of zeros."""
     if KIND == "token":
-        return load_tile(ptr, (token_rows * STRIDE)[:, None] + cols[None, :], inside)
+        return load_tile(ptr + token * STRIDE, rows[:, None] * STRIDE + cols[None, :], inside)
     elif KIND == "index":
         return load_tile(ptr, (line * STRIDE)[:, None] + cols[None, :], inside)
     else:
-        return load_vector(ptr, line * STRIDE + AT, cols, WIDTH, KIND == "sample", 0.0)[None, :]
+        return tl.zeros((1, cols.shape[0]), tl.float32)
 
 
 @triton.jit
@@ -45,7 +43,7 @@ def affine(y, factor, addend):
     return tl.fma(y, tl.broadcast_to(factor, y.shape), tl.broadcast_to(addend, y.shape))
 
 
-@triton.jit(do_not_specialize=["TOKENS", "GROUP", "LINES"])
+@triton.jit(do_not_specialize=["TOKENS", "CHUNKS", "BLOCKS", "GROUP", "LINES"])
 def adaln_fwd_kernel(
     x_ptr,  # (B, L, D)
     scale_ptr,  # rows of D, a row stride apart
@@ -57,6 +55,8 @@ def adaln_fwd_kernel(
     index_ptr,  # (B, L) integers
     y_ptr,  # (B, L, D)
     TOKENS,  # L
+    CHUNKS,
+    BLOCKS,  # blocks of ROWS tokens in a chunk
     GROUP,  # samples per group, B / G
     LINES,  # rows of a table, 1 without
     WIDTH: tl.constexpr,  # D
@@ -78,40 +78,42 @@ def adaln_fwd_kernel(
     SHIFT_AT: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """Grid (B * cdiv(L, ROWS),): one program normalises ROWS tokens of one sample."""
-    blocks = tl.cdiv(TOKENS, ROWS)
-    b = (tl.program_id(0) // blocks).to(tl.int64)
-    first = (tl.program_id(0) % blocks) * ROWS
+    """Grid (B * CHUNKS,): one program walks one chunk of one sample's tokens."""
+    b = (tl.program_id(0) // CHUNKS).to(tl.int64)
+    first = (tl.program_id(0) % CHUNKS) * BLOCKS * ROWS
     rows = tl.arange(0, ROWS)
     cols = tl.arange(0, COLS)
-    present = first + rows < TOKENS
-    inside = present[:, None] & (cols < WIDTH)[None, :]
-    token = b * TOKENS + first
     at = rows[:, None] * WIDTH + cols[None, :]
-    line = b
-    if SCALE == "index" or SHIFT == "index":
-        index = tl.maximum(indices(index_ptr + token, rows, present, LINES), 0)
-        line = (b // GROUP if TABLE else b) * LINES + index
     shared = b // GROUP * WIDTH
-
-    x = load_tile(x_ptr + token * WIDTH, at, inside)  # [ROWS, COLS]
-    y, _ = normalize(x, inside, WIDTH, EPS, CENTER)
-    if ROUND_NORM:
-        y = y.to(y_ptr.dtype.element_ty).to(tl.float32)
-    if WEIGHTED or BIASED:
-        weight = load_vector(weight_ptr, shared, cols, WIDTH, WEIGHTED, 1.0) + ONE
-        bias = load_vector(bias_ptr, shared, cols, WIDTH, BIASED, 0.0)
-        y = affine(y, weight[None, :], bias[None, :])
-    if ROUND_AFFINE:
-        y = y.to(y_ptr.dtype.element_ty).to(tl.float32)
-    if SCALE != "none" or SHIFT != "none" or SCALE_BASED or SHIFT_BASED:
-        scale = load_modulation(scale_ptr, token + rows, inside, line, cols, SCALE, SCALE_STRIDE, SCALE_AT, WIDTH)
-        shift = load_modulation(shift_ptr, token + rows, inside, line, cols, SHIFT, SHIFT_STRIDE, SHIFT_AT, WIDTH)
-        scale += load_vector(scale_base_ptr, shared, cols, WIDTH, SCALE_BASED, 0.0)[None, :]
-        shift += load_vector(shift_base_ptr, shared, cols, WIDTH, SHIFT_BASED, 0.0)[None, :]
-        y = affine(y, 1.0 + scale, shift)
-    tl.store(y_ptr + token * WIDTH + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+    weight = load_vector(weight_ptr, shared, cols, WIDTH, WEIGHTED, 1.0) + ONE  # [COLS]
+    bias = load_vector(bias_ptr, shared, cols, WIDTH, BIASED, 0.0)
+    scale = 1.0 + load_vector(scale_base_ptr, shared, cols, WIDTH, SCALE_BASED, 0.0)
+    shift = load_vector(shift_base_ptr, shared, cols, WIDTH, SHIFT_BASED, 0.0)
+    scale += load_vector(scale_ptr, b * SCALE_STRIDE + SCALE_AT, cols, WIDTH, SCALE == "sample", 0.0)
+    shift += load_vector(shift_ptr, b * SHIFT_STRIDE + SHIFT_AT, cols, WIDTH, SHIFT == "sample", 0.0)
+    for block in tl.range(0, BLOCKS, num_stages=STAGES):
+        token = b * TOKENS + first + block * ROWS
+        present = first + block * ROWS + rows < TOKENS
+        inside = present[:, None] & (cols < WIDTH)[None, :]
+        x = load_tile(x_ptr + token * WIDTH, at, inside)  # [ROWS, COLS]
+        y, _ = normalize(x, inside, WIDTH, EPS, CENTER)
+        if ROUND_NORM:
+            y = y.to(y_ptr.dtype.element_ty).to(tl.float32)
+        if WEIGHTED or BIASED:
+            y = affine(y, weight[None, :], bias[None, :])
+        if ROUND_AFFINE:
+            y = y.to(y_ptr.dtype.element_ty).to(tl.float32)
+        line = tl.zeros((ROWS,), tl.int64)
+        if SCALE == "index" or SHIFT == "index":
+            index = tl.maximum(indices(index_ptr + token, rows, present, LINES), 0)
+            line += (b // GROUP if TABLE else b) * LINES + index
+        if SCALE != "none" or SHIFT != "none" or SCALE_BASED or SHIFT_BASED:
+            factor = scale[None, :] + load_modulation(scale_ptr, token, line, rows, cols, inside, SCALE, SCALE_STRIDE)
+            addend = shift[None, :] + load_modulation(shift_ptr, token, line, rows, cols, inside, SHIFT, SHIFT_STRIDE)
+            y = affine(y, factor, addend)
+        tl.store(y_ptr + token * WIDTH + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -151,9 +153,9 @@ def backward_block(
     at = rows[:, None] * WIDTH + cols[None, :]
     x = load_tile(x_ptr + token * WIDTH, at, inside)  # [ROWS, COLS]
     dy = load_tile(dy_ptr + token * WIDTH, at, inside)
-    gain = (1.0 + scale)[None, :]
+    gain = scale[None, :]
     if SCALE == "token":
-        gain += load_tile(scale_ptr + token * SCALE_STRIDE, rows[:, None] * SCALE_STRIDE + cols[None, :], inside)
+        gain += load_modulation(scale_ptr, token, rows, rows, cols, inside, SCALE, SCALE_STRIDE)
     g = dy * gain
     n, dx = norm_backward(x, g * weight[None, :], inside, WIDTH, EPS, CENTER)
     tl.store(dx_ptr + token * WIDTH + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
@@ -221,7 +223,7 @@ def adaln_bwd_kernel(
     rows = tl.arange(0, ROWS)
     cols = tl.arange(0, COLS)
     shared = b // GROUP * WIDTH
-    scale = load_vector(scale_base_ptr, shared, cols, WIDTH, SCALE_BASED, 0.0)  # [COLS]
+    scale = 1.0 + load_vector(scale_base_ptr, shared, cols, WIDTH, SCALE_BASED, 0.0)  # [COLS]
     line = line_of(i.to(tl.int64), GROUP, LINES, TABLE)
     scale += load_vector(scale_ptr, line * SCALE_STRIDE + SCALE_AT, cols, WIDTH, SCALE == "sample" or SCALE == "index", 0.0)
     weight = load_vector(weight_ptr, shared, cols, WIDTH, WEIGHTED, 1.0) + ONE

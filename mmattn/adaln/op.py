@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 from ..op import UNUSED, Op, Plan, Spec, Target, cast, cdiv, groups, like, row_stride, spec, wide
-from ..rows import SUM_WARPS, Config, config, gradient_spec, per_sample, split, sum_tile, tile
+from ..rows import SUM_WARPS, config, gradient_spec, per_sample, split, sum_tile, tile
 from .kernels import adaln_bwd_kernel, adaln_bwd_vectors_kernel, adaln_fwd_kernel
 
 GATHERED = ("sample", "index")  # kinds of modulation whose gradients are sums over tokens
@@ -69,20 +69,17 @@ class Form:
 
 
 @cache
-def fwd_plan(x: Spec, samples: int, tokens: int, G: int, lines: int, meta: tuple, eps: float, center: bool) -> Plan:
+def fwd_plan(target: Target, x: Spec, samples: int, tokens: int, G: int, lines: int, meta: tuple, eps: float, center: bool):
     c = config("adaln_fwd", x.shape[2])
+    chunks, blocks = split(target, samples, cdiv(tokens, c.rows), c.per_sm)
     return Plan(
         adaln_fwd_kernel,
-        grid=(samples * cdiv(tokens, c.rows),),
+        grid=(samples * chunks,),
         outs=(x,),
-        ints=dict(TOKENS=tokens, GROUP=samples // G, LINES=lines),
-        meta=dict(WIDTH=x.shape[2], EPS=eps, CENTER=center, **dict(meta), **tile(x.shape[2], c)),
+        ints=dict(TOKENS=tokens, CHUNKS=chunks, BLOCKS=blocks, GROUP=samples // G, LINES=lines),
+        meta=dict(WIDTH=x.shape[2], EPS=eps, CENTER=center, **dict(meta), **tile(x.shape[2], c), STAGES=c.stages),
         warps=c.warps,
     )
-
-
-def backward_chunks(target: Target, c: Config, lines: int, tokens: int) -> tuple[int, int]:
-    return split(target, lines, cdiv(tokens, c.rows), c.per_sm)
 
 
 @cache
@@ -91,7 +88,7 @@ def bwd_plan(
 ) -> Plan:
     """outs: what the kernel writes besides dx; None stands for partial sums."""
     c = config("adaln_bwd", x.shape[2])
-    chunks, blocks = backward_chunks(target, c, samples * lines, tokens)
+    chunks, blocks = split(target, samples * lines, cdiv(tokens, c.rows), c.per_sm)
     part = Spec((samples * lines, chunks, x.shape[2]), "float32")
     return Plan(
         adaln_bwd_kernel,
@@ -123,7 +120,7 @@ def infer(a, **_):
 def forward(run, a, *, eps, center, scale_row, shift_row, zero_centered, cast):
     f = Form(a, scale_row, shift_row, zero_centered, cast)
     vectors = [a.x if v is None else v for v in (f.scale, f.shift, a.weight, a.bias, a.scale_base, a.shift_base, a.rows)]
-    plan = fwd_plan(spec(a.x), f.samples, f.tokens, f.groups, f.lines, f.only(adaln_fwd_kernel), eps, center)
+    plan = fwd_plan(run.target, spec(a.x), f.samples, f.tokens, f.groups, f.lines, f.only(adaln_fwd_kernel), eps, center)
     return run(plan, a.x, *vectors), ()
 
 
@@ -138,7 +135,7 @@ def backward(run, a, outs, extras, douts, *, eps, center, scale_row, shift_row, 
     per_token = [specs[name] if f.meta[name.upper()] == "token" else UNUSED for name in ("scale", "shift")]
 
     c = config("adaln_bwd", x.shape[2])
-    chunks, _ = backward_chunks(run.target, c, f.samples * f.lines, f.tokens)
+    chunks, _ = split(run.target, f.samples * f.lines, cdiv(f.tokens, c.rows), c.per_sm)
     final = chunks == 1 and not f.shared and not f.table  # the sums over a line's only chunk are the gradients themselves
     sums = [None if wanted else UNUSED for wanted in f.sums.values()]
     if final:
