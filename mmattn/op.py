@@ -211,3 +211,8 @@ def cast(x, dtype: str):
     if hasattr(x, "astype"):
         return x.astype(dtype)
     return x.to(next(d for d, name in DTYPE_NAMES.items() if name == dtype and type(d) is type(x.dtype)))
+
+
+def like(xp, x, y):
+    """x on y's device (torch creates on the CPU by default)."""
+    return x.to(y.device) if hasattr(x, "to") and hasattr(y, "is_cuda") else x

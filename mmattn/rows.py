@@ -1,8 +1,14 @@
-"""What the rooms that work on whole rows of tokens share: tiles, vectors of one sample, sums over tokens."""
+"""What the rooms of the norm family share: tiles of whole rows, norms of them, and sums over tokens in a fixed order.
+
+A program of a backward kernel walks one chunk of one sample's tokens and keeps the sums of its columns in registers; it
+writes them once, as partial sums, and a small second kernel adds the chunks up. Where a sample is one chunk there is nothing
+to add, and the first kernel writes the gradient itself.
+"""
 
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 from ._triton import tl, triton
 from .op import Plan, Spec, Target, cdiv, next_power_of_2, spec, wide
@@ -15,6 +21,57 @@ def load_vector(ptr, at, cols, WIDTH: tl.constexpr, PRESENT: tl.constexpr, ABSEN
         return tl.load(ptr + at + cols, mask=cols < WIDTH, other=0.0).to(tl.float32)
     else:
         return tl.full(cols.shape, ABSENT, tl.float32)
+
+
+@triton.jit
+def load_tile(ptr, at, inside):
+    return tl.load(ptr + at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def row_sums(a, b):
+    """The row sums of two tiles [ROWS, COLS], taken together: one exchange between warps instead of two."""
+    return tl.split(tl.sum(tl.join(a, b), 1))
+
+
+@triton.jit
+def reciprocal_root(mean_square, EPS: tl.constexpr):
+    """rstd; finite where a row outside of the tile is 0 and so is EPS."""
+    return tl.rsqrt(tl.maximum(mean_square + EPS, 1e-37))
+
+
+@triton.jit
+def normalize(x, inside, WIDTH: tl.constexpr, EPS: tl.constexpr, CENTER: tl.constexpr):
+    """norm(x) of the rows of a float32 tile [ROWS, COLS] that is 0 outside, and rstd [ROWS]."""
+    if CENTER:
+        mean = tl.sum(x, 1) * (1.0 / WIDTH)
+        x = tl.where(inside, x - mean[:, None], 0.0)
+    rstd = reciprocal_root(tl.sum(x * x, 1) * (1.0 / WIDTH), EPS)
+    return x * rstd[:, None], rstd
+
+
+@triton.jit
+def norm_backward(x, g, inside, WIDTH: tl.constexpr, EPS: tl.constexpr, CENTER: tl.constexpr):
+    """n = norm(x) and dx for the gradient g of n: dx = rstd * (g - [center] mean(g) - n * mean(g * n)).
+
+    mean(g * n) is rstd * mean(g * x), so the sums need not wait for rstd. Both tiles are 0 outside.
+    """
+    if CENTER:
+        sum_x, sum_g = row_sums(x, g)
+        x = tl.where(inside, x - (sum_x * (1.0 / WIDTH))[:, None], 0.0)
+    squares, products = row_sums(x * x, g * x)
+    rstd = reciprocal_root(squares * (1.0 / WIDTH), EPS)
+    n = x * rstd[:, None]
+    dx = tl.fma(-n, tl.broadcast_to((products * rstd * (1.0 / WIDTH))[:, None], g.shape), g)
+    if CENTER:
+        dx -= (sum_g * (1.0 / WIDTH))[:, None]
+    return n, dx * rstd[:, None]
+
+
+@triton.jit
+def store_sums(part_ptr, line, sums, cols, WIDTH: tl.constexpr):
+    """Row `line` of the partial sums (or of the gradient itself): the sum over the rows of a tile [ROWS, COLS]."""
+    tl.store(part_ptr + line * WIDTH + cols, tl.sum(sums, 0).to(part_ptr.dtype.element_ty), mask=cols < WIDTH)
 
 
 @triton.jit
@@ -65,27 +122,51 @@ def sum_pair_kernel(
         sum_chunks(b_ptr, b_out_ptr, n, cols, CHUNKS, WIDTH, ROWS, COLS)
 
 
-def tile(width: int) -> dict[str, int]:
-    """Whole rows in registers: about 4096 elements a program, so that narrow rows share one."""
+class Config(NamedTuple):
+    """How a kernel of whole rows is launched: rows in a tile, warps, stages of its loads, programs that share the GPU's SMs."""
+
+    rows: int
+    warps: int
+    stages: int = 1
+    per_sm: int = 4
+
+
+TUNED: dict[tuple[str, int], Config] = {}
+SUM_ROWS, SUM_COLS, SUM_WARPS = 64, 32, 4  # of the kernels that add chunks up
+
+
+def config(kernel: str, width: int) -> Config:
+    """The measured config of a kernel for rows of this width, else 4096 elements a tile and 32 of them a thread."""
     cols = next_power_of_2(width)
-    return dict(ROWS=max(1, 4096 // cols), COLS=cols)
+    rows = max(1, 4096 // cols)
+    return TUNED.get((kernel, cols)) or Config(rows, max(1, min(16, rows * cols // 1024)))
 
 
-def warps(t: dict[str, int]) -> int:
-    """32 elements a thread, at most 16 warps."""
-    return max(1, min(16, t["ROWS"] * t["COLS"] // 1024))
+def configs(kernel: str, width: int) -> list[Config]:
+    """What tuning should try: 8 to 64 elements a thread; for backward kernels also staged loads and programs per SM."""
+    cols = next_power_of_2(width)
+    rows = {max(1, size // cols) for size in (2048, 4096, 8192)}
+    tiles = [(r, w) for r in sorted(rows) for w in (1, 2, 4, 8, 16) if 8 <= r * cols // (32 * w) <= 64]
+    if kernel.endswith("fwd"):
+        return [Config(r, w) for r, w in tiles]
+    per_sm = lambda w: sorted({max(1, warps // w) for warps in (8, 16, 32)})
+    return [Config(r, w, stages, n) for r, w in tiles for stages in (1, 2, 3) for n in per_sm(w)]
 
 
-def split(target: Target, samples: int, blocks: int) -> tuple[int, int]:
-    """Chunks per sample and blocks per chunk: programs to fill the GPU four times over, and no more partial sums than that."""
+def tile(width: int, config: Config) -> dict[str, int]:
+    return dict(ROWS=config.rows, COLS=next_power_of_2(width))
+
+
+def split(target: Target, samples: int, blocks: int, per_sm: int) -> tuple[int, int]:
+    """Chunks per sample and blocks per chunk: `per_sm` programs for every SM, and no more partial sums than that."""
     blocks = max(1, blocks)  # sums over no token are written too: zeros
-    per_chunk = cdiv(blocks, min(blocks, cdiv(4 * target.sms, max(1, samples))))
+    per_chunk = cdiv(blocks, min(blocks, cdiv(per_sm * target.sms, max(1, samples))))
     return cdiv(blocks, per_chunk), per_chunk
 
 
 def sum_tile(width: int) -> dict[str, int]:
     """Many chunks and few columns a program, since a sum over chunks has few columns to share out."""
-    return dict(ROWS=64, COLS=min(32, next_power_of_2(width)))
+    return dict(ROWS=SUM_ROWS, COLS=min(SUM_COLS, next_power_of_2(width)))
 
 
 @cache
@@ -93,7 +174,12 @@ def sum_chunks_plan(part: Spec, out: Spec) -> Plan:
     N, chunks, D = part.shape
     t = sum_tile(D)
     return Plan(
-        sum_chunks_kernel, grid=(N * cdiv(D, t["COLS"]),), outs=(out,), ints=dict(CHUNKS=chunks), meta=dict(WIDTH=D, **t), warps=4
+        sum_chunks_kernel,
+        grid=(N * cdiv(D, t["COLS"]),),
+        outs=(out,),
+        ints=dict(CHUNKS=chunks),
+        meta=dict(WIDTH=D, **t),
+        warps=SUM_WARPS,
     )
 
 
@@ -107,7 +193,7 @@ def sum_pair_plan(part: Spec, a: Spec, b: Spec) -> Plan:
         outs=(a, b),
         ints=dict(CHUNKS=chunks),
         meta=dict(WIDTH=D, **t),
-        warps=4,
+        warps=SUM_WARPS,
     )
 
 

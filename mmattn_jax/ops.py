@@ -20,6 +20,7 @@ from ._choice import Implementation, current
 F = TypeVar("F", bound=Callable)
 Vector = ArrayLike | Row
 Streams = ArrayLike | tuple[ArrayLike, ...]
+Cast = Literal["after_weight", "before_weight", "none"]
 OptionalStreams = ArrayLike | tuple[ArrayLike | None, ...] | None
 ArrayStreams = jax.Array | tuple[jax.Array, ...]
 
@@ -68,10 +69,19 @@ def layernorm_adaln(
     scale: Vector | None = None,
     shift: Vector | None = None,
     *,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    rows: ArrayLike | None = None,
+    scale_base: ArrayLike | None = None,
+    shift_base: ArrayLike | None = None,
     eps: float = 1e-6,
+    zero_centered: bool = False,
+    cast: Cast = "after_weight",
     implementation: Implementation | None = None,
 ) -> jax.Array:
-    return call("layernorm_adaln", x, scale, shift, eps=eps, implementation=implementation)
+    vectors = dict(weight=weight, bias=bias, rows=rows, scale_base=scale_base, shift_base=shift_base)
+    how = dict(eps=eps, zero_centered=zero_centered, cast=cast, implementation=implementation)
+    return call("layernorm_adaln", x, scale, shift, **vectors, **how)
 
 
 @op
@@ -80,10 +90,19 @@ def rmsnorm_adaln(
     scale: Vector | None = None,
     shift: Vector | None = None,
     *,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    rows: ArrayLike | None = None,
+    scale_base: ArrayLike | None = None,
+    shift_base: ArrayLike | None = None,
     eps: float = 1e-6,
+    zero_centered: bool = False,
+    cast: Cast = "after_weight",
     implementation: Implementation | None = None,
 ) -> jax.Array:
-    return call("rmsnorm_adaln", x, scale, shift, eps=eps, implementation=implementation)
+    vectors = dict(weight=weight, bias=bias, rows=rows, scale_base=scale_base, shift_base=shift_base)
+    how = dict(eps=eps, zero_centered=zero_centered, cast=cast, implementation=implementation)
+    return call("rmsnorm_adaln", x, scale, shift, **vectors, **how)
 
 
 @op
@@ -108,6 +127,25 @@ def rms_norm(
 @op
 def gated_residual(residual: ArrayLike, h: ArrayLike, gate: Vector, *, implementation: Implementation | None = None) -> jax.Array:
     return call("gated_residual", residual, h, gate, implementation=implementation)
+
+
+@op
+def gated_residual_norm_adaln(
+    residual: ArrayLike,
+    h: ArrayLike,
+    gate: Vector,
+    scale: Vector | None = None,
+    shift: Vector | None = None,
+    *,
+    center: bool = True,
+    h_weight: ArrayLike | None = None,
+    h_eps: float = 1.1920929e-7,
+    eps: float = 1e-6,
+    gate_fn: Literal["identity", "tanh"] = "identity",
+    implementation: Implementation | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    how = dict(center=center, h_weight=h_weight, h_eps=h_eps, eps=eps, gate_fn=gate_fn, implementation=implementation)
+    return call("gated_residual_norm_adaln", residual, h, gate, scale, shift, **how)
 
 
 @op
