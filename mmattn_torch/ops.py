@@ -58,6 +58,8 @@ def extent(start_pos) -> tuple[int, int] | None:
         return start_pos, start_pos
     if not hasattr(start_pos, "shape") or 0 in start_pos.shape or torch.compiler.is_compiling():
         return None
+    if "int" not in str(start_pos.dtype):  # which is refused in other words
+        return None
     if isinstance(start_pos, Tensor):
         wrapped = type(start_pos) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(start_pos)
         if wrapped or start_pos.device.type != "cpu":
@@ -153,7 +155,7 @@ def gated_residual_norm_adaln(
     implementation: Implementation | None = None,
 ) -> tuple[Tensor, Tensor]:
     rows = map(vector, (gate, scale, shift))
-    how = dict(center=center, h_weight=h_weight, h_eps=constant(h_eps), eps=constant(eps), gate_fn=gate_fn)
+    how = dict(center=center, h_weight=h_weight, h_eps=h_eps, eps=eps, gate_fn=gate_fn)
     return perform(mmattn.gated_residual_norm_adaln, implementation, residual, h, *rows, **how)
 
 
@@ -271,5 +273,7 @@ def explain(op: str | Callable, *args: Any, device: torch.device | str | None = 
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     check.choice("explain", "op", name, tuple(CORE))
     requested = kwargs.pop("implementation", None)
+    if kwargs.get("start_pos") is not None:
+        kwargs["start_extent"] = extent(kwargs["start_pos"])
     call = _bind.checked(CORE[name], args, kwargs)
     return _bind.explain(call, requested, None if device is None else torch.device(device))
