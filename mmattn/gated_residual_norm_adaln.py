@@ -31,9 +31,9 @@ from .rows import (
     normalize,
     per_sample,
     reciprocal_root,
+    shared_sum_tile,
     split,
     store_sums,
-    sum_tile,
     tile,
 )
 
@@ -212,28 +212,29 @@ def gated_residual_norm_adaln_bwd_vectors_kernel(
     GATE_AT: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    SHARED_ROWS: tl.constexpr,
 ):
     """Grid ((B + groups with h_weight) * cdiv(D, COLS),): one program sums COLS columns of one sample or of one group."""
     column_blocks: tl.constexpr = (WIDTH + COLS - 1) // COLS
     i = (tl.program_id(0) // column_blocks).to(tl.int64)
     cols = tl.program_id(0) % column_blocks * COLS + tl.arange(0, COLS)
-    q = tl.zeros((ROWS, COLS), tl.float32)
     if i < SAMPLES:
+        own_q = tl.zeros((ROWS, COLS), tl.float32)
         a = tl.zeros((ROWS, COLS), tl.float32)
         s = tl.zeros((ROWS, COLS), tl.float32)
         for start in range(0, CHUNKS, ROWS):
-            k = start + tl.arange(0, ROWS)
-            inside = (k < CHUNKS)[:, None] & (cols < WIDTH)[None, :]
-            at = (i * CHUNKS + k)[:, None] * WIDTH + cols[None, :]
-            q += tl.load(q_ptr + at, mask=inside, other=0.0)
+            c = start + tl.arange(0, ROWS)
+            valid = (c < CHUNKS)[:, None] & (cols < WIDTH)[None, :]
+            own = (i * CHUNKS + c)[:, None] * WIDTH + cols[None, :]
+            own_q += tl.load(q_ptr + own, mask=valid, other=0.0)
             if SCALED:
-                a += tl.load(a_ptr + at, mask=inside, other=0.0)
+                a += tl.load(a_ptr + own, mask=valid, other=0.0)
             if SHIFTED:
-                s += tl.load(s_ptr + at, mask=inside, other=0.0)
-        dgate = tl.sum(q, 0) * load_vector(h_weight_ptr, i // GROUP * WIDTH, cols, WIDTH, POST, 1.0)
+                s += tl.load(s_ptr + own, mask=valid, other=0.0)
+        dgate = tl.sum(own_q, 0) * load_vector(h_weight_ptr, i // GROUP * WIDTH, cols, WIDTH, POST, 1.0)
         if TANH:
-            gate = gate_value(load_vector(gate_ptr, i * GATE_STRIDE + GATE_AT, cols, WIDTH, True, 1.0), TANH)
-            dgate *= (1.0 - gate) * (1.0 + gate)
+            factor = gate_value(load_vector(gate_ptr, i * GATE_STRIDE + GATE_AT, cols, WIDTH, True, 1.0), TANH)
+            dgate *= (1.0 - factor) * (1.0 + factor)
         tl.store(dgate_ptr + i * WIDTH + cols, dgate.to(dgate_ptr.dtype.element_ty), mask=cols < WIDTH)
         if SCALED:
             store_sums(dscale_ptr, i, a, cols, WIDTH)
@@ -241,8 +242,9 @@ def gated_residual_norm_adaln_bwd_vectors_kernel(
             store_sums(dshift_ptr, i, s, cols, WIDTH)
     else:
         g = i - SAMPLES
-        for start in range(0, GROUP * CHUNKS, ROWS):
-            k = start + tl.arange(0, ROWS)
+        q = tl.zeros((SHARED_ROWS, COLS), tl.float32)
+        for start in range(0, GROUP * CHUNKS, SHARED_ROWS):
+            k = start + tl.arange(0, SHARED_ROWS)
             inside = (k < GROUP * CHUNKS)[:, None] & (cols < WIDTH)[None, :]
             sample = ((g * GROUP + k // CHUNKS) * GATE_STRIDE + GATE_AT)[:, None]
             gate = gate_value(load_tile(gate_ptr, sample + cols[None, :], inside), TANH)
@@ -272,7 +274,7 @@ def constants(a, static: dict, kernel) -> tuple:
 @cache
 def fwd_plan(target: Target, x: Spec, G: int, meta: tuple) -> Plan:
     B, L, D = x.shape
-    c = config("gated_residual_norm_adaln_fwd", D)
+    c = config("gated_residual_norm_adaln_fwd", x)
     chunks, blocks = split(target, B, cdiv(L, c.rows), c.per_sm)
     return Plan(
         gated_residual_norm_adaln_fwd_kernel,
@@ -293,7 +295,7 @@ def sums_are_gradients(chunks: int, flags: dict) -> bool:
 def bwd_plan(target: Target, x: Spec, G: int, meta: tuple, vectors: tuple[Spec, ...]) -> Plan:
     """vectors: the gradients of gate, scale and shift, which are the sums themselves where a sample is one chunk."""
     B, L, D = x.shape
-    c = config("gated_residual_norm_adaln_bwd", D)
+    c = config("gated_residual_norm_adaln_bwd", x)
     chunks, blocks = split(target, B, cdiv(L, c.rows), c.per_sm)
     flags = dict(meta)
     part = Spec((B, chunks, D), "float32")
@@ -311,7 +313,7 @@ def bwd_plan(target: Target, x: Spec, G: int, meta: tuple, vectors: tuple[Spec, 
 
 @cache
 def vectors_plan(samples: int, chunks: int, width: int, G: int, meta: tuple, outs: tuple[Spec, ...]) -> Plan:
-    t = sum_tile(width)
+    t = shared_sum_tile(width)
     return Plan(
         gated_residual_norm_adaln_bwd_vectors_kernel,
         grid=((samples + G * dict(meta)["POST"]) * cdiv(width, t["COLS"]),),

@@ -131,26 +131,45 @@ class Config(NamedTuple):
     per_sm: int = 4
 
 
-TUNED: dict[tuple[str, int], Config] = {}
-SUM_ROWS, SUM_COLS, SUM_WARPS = 64, 32, 4  # of the kernels that add chunks up
+TUNED: dict[tuple[str, int], Config] = {  # (kernel, width rounded up to a power of two), measured on an H200 in bfloat16
+    ("adaln_bwd", 128): Config(8, 2, 3, 4),
+    ("adaln_bwd", 2048): Config(1, 2, 3, 4),
+    ("adaln_bwd", 4096): Config(1, 4, 3, 2),
+    ("gated_residual_norm_adaln_bwd", 128): Config(8, 2, 3, 4),
+    ("gated_residual_norm_adaln_bwd", 2048): Config(1, 4, 3, 2),
+    ("gated_residual_norm_adaln_bwd", 4096): Config(1, 8, 3, 2),
+}
+STREAMS = dict(  # arrays of tokens that a kernel reads, of which staged loads keep tiles in shared memory
+    adaln_fwd=1,
+    adaln_bwd=2,
+    gated_residual_fwd=2,
+    gated_residual_bwd=2,
+    gated_residual_norm_adaln_fwd=2,
+    gated_residual_norm_adaln_bwd=4,
+)
+STAGED_BYTES = 96 * 1024  # two programs fit an SM of an A100
+SUM_ROWS, SUM_COLS, SUM_WARPS = 16, 32, 4  # of the kernels that add chunks up
 
 
-def config(kernel: str, width: int) -> Config:
-    """The measured config of a kernel for rows of this width, else 4096 elements a tile and 32 of them a thread."""
-    cols = next_power_of_2(width)
-    rows = max(1, 4096 // cols)
-    return TUNED.get((kernel, cols)) or Config(rows, max(1, min(16, rows * cols // 1024)))
+def config(kernel: str, x: Spec) -> Config:
+    """The measured config of a kernel for rows as wide as x's, else the rule that most measured ones follow: 16 elements a
+    thread of a backward kernel and 32 of another, 16 warps an SM. Fewer stages where they would not fit shared memory."""
+    cols = next_power_of_2(x.shape[-1])
+    rows = max(1, 2048 // cols)
+    warps = max(1, min(32, rows * cols // (512 if kernel.endswith("bwd") else 1024)))
+    c = TUNED.get((kernel, cols)) or Config(rows, warps, 3, max(1, 16 // warps))
+    stage = STREAMS[kernel] * c.rows * cols * (4 if x.dtype == "float32" else 2)
+    return c._replace(stages=min(c.stages, 1 + STAGED_BYTES // stage))
 
 
 def configs(kernel: str, width: int) -> list[Config]:
-    """What tuning should try: 8 to 64 elements a thread; for backward kernels also staged loads and programs per SM."""
+    """What tuning should try: 8 to 64 elements a thread, staged loads, 8 to 32 warps an SM."""
     cols = next_power_of_2(width)
-    rows = {max(1, size // cols) for size in (2048, 4096, 8192)}
+    rows = {max(1, size // cols) for size in (1024, 2048, 4096, 8192)}
     tiles = [(r, w) for r in sorted(rows) for w in (1, 2, 4, 8, 16) if 8 <= r * cols // (32 * w) <= 64]
-    if kernel.endswith("fwd"):
-        return [Config(r, w) for r, w in tiles]
-    per_sm = lambda w: sorted({max(1, warps // w) for warps in (8, 16, 32)})
-    return [Config(r, w, stages, n) for r, w in tiles for stages in (1, 2, 3) for n in per_sm(w)]
+    return [
+        Config(r, w, stages, n) for r, w in tiles for stages in (1, 3, 4) for n in sorted({max(1, k // w) for k in (8, 16, 32)})
+    ]
 
 
 def tile(width: int, config: Config) -> dict[str, int]:
@@ -165,8 +184,14 @@ def split(target: Target, samples: int, blocks: int, per_sm: int) -> tuple[int, 
 
 
 def sum_tile(width: int) -> dict[str, int]:
-    """Many chunks and few columns a program, since a sum over chunks has few columns to share out."""
+    """Few columns a program, since a sum over chunks has few columns to share out."""
     return dict(ROWS=SUM_ROWS, COLS=min(SUM_COLS, next_power_of_2(width)))
+
+
+def shared_sum_tile(width: int) -> dict[str, int]:
+    """The same, and how many partial sums at once are added up to the gradient of a vector that all samples share: many, as a
+    thousand short samples are a thousand partial sums, and few programs add them."""
+    return dict(**sum_tile(width), SHARED_ROWS=256)
 
 
 @cache

@@ -24,6 +24,7 @@ def _per_sample(start_pos, x: Tensor) -> Tensor:
 ops = SimpleNamespace(
     layernorm_adaln=_ops.layernorm_adaln,
     gated_residual=_ops.gated_residual,
+    gated_residual_norm_adaln=_ops.gated_residual_norm_adaln,
     qk_norm_rope=_ops.qk_norm_rope,
     qk_norm_rope_attention=_ops.qk_norm_rope_attention,
     relu_linear_attention=_ops.relu_linear_attention,

@@ -295,28 +295,29 @@ def adaln_bwd_vectors_kernel(
     SCALE_AT: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    SHARED_ROWS: tl.constexpr,
 ):
     """Grid ((SERVED + groups) * cdiv(D, COLS),): one program sums COLS columns of one row of dscale and dshift, or of a group."""
     column_blocks: tl.constexpr = (WIDTH + COLS - 1) // COLS
     i = (tl.program_id(0) // column_blocks).to(tl.int64)
     cols = tl.program_id(0) % column_blocks * COLS + tl.arange(0, COLS)
-    a = tl.zeros((ROWS, COLS), tl.float32)
-    h = tl.zeros((ROWS, COLS), tl.float32)
     if i < SERVED:
+        line_a = tl.zeros((ROWS, COLS), tl.float32)
+        line_h = tl.zeros((ROWS, COLS), tl.float32)
         b = i // LINES * GROUP if TABLE else i // LINES  # the first sample that the row serves
         samples = GROUP if TABLE else 1
         for start in range(0, samples * CHUNKS, ROWS):
-            k = start + tl.arange(0, ROWS)
-            inside = (k < samples * CHUNKS)[:, None] & (cols < WIDTH)[None, :]
-            part = ((b + k // CHUNKS) * LINES + i % LINES) * CHUNKS + k % CHUNKS
-            at = part[:, None] * WIDTH + cols[None, :]
+            c = start + tl.arange(0, ROWS)
+            valid = (c < samples * CHUNKS)[:, None] & (cols < WIDTH)[None, :]
+            line = ((b + c // CHUNKS) * LINES + i % LINES) * CHUNKS + c % CHUNKS
+            own = line[:, None] * WIDTH + cols[None, :]
             if SUM_A:
-                a += tl.load(a_ptr + at, mask=inside, other=0.0)
+                line_a += tl.load(a_ptr + own, mask=valid, other=0.0)
             if SUM_H:
-                h += tl.load(h_ptr + at, mask=inside, other=0.0)
+                line_h += tl.load(h_ptr + own, mask=valid, other=0.0)
         shared = b // GROUP * WIDTH
-        da = tl.sum(a, 0)
-        dh = tl.sum(h, 0)
+        da = tl.sum(line_a, 0)
+        dh = tl.sum(line_h, 0)
         if SCALE == "sample" or SCALE == "index":
             weight = load_vector(weight_ptr, shared, cols, WIDTH, WEIGHTED, 1.0) + ONE
             bias = load_vector(bias_ptr, shared, cols, WIDTH, BIASED, 0.0)
@@ -326,15 +327,17 @@ def adaln_bwd_vectors_kernel(
             tl.store(dshift_ptr + i * WIDTH + cols, dh.to(dshift_ptr.dtype.element_ty), mask=cols < WIDTH)
     else:
         g = i - SERVED
-        wa = tl.zeros((ROWS, COLS), tl.float32)
-        wh = tl.zeros((ROWS, COLS), tl.float32)
+        a = tl.zeros((SHARED_ROWS, COLS), tl.float32)
+        h = tl.zeros((SHARED_ROWS, COLS), tl.float32)
+        wa = tl.zeros((SHARED_ROWS, COLS), tl.float32)
+        wh = tl.zeros((SHARED_ROWS, COLS), tl.float32)
         shared = g * WIDTH
         base = load_vector(scale_base_ptr, shared, cols, WIDTH, SCALE_BASED, 0.0)[None, :]
-        for start in range(0, GROUP * LINES * CHUNKS, ROWS):
-            k = start + tl.arange(0, ROWS)
+        for start in range(0, GROUP * LINES * CHUNKS, SHARED_ROWS):
+            k = start + tl.arange(0, SHARED_ROWS)
             inside = (k < GROUP * LINES * CHUNKS)[:, None] & (cols < WIDTH)[None, :]
             at = (g * GROUP * LINES * CHUNKS + k)[:, None] * WIDTH + cols[None, :]
-            gain = tl.broadcast_to(1.0 + base, (ROWS, COLS))
+            gain = tl.broadcast_to(1.0 + base, (SHARED_ROWS, COLS))
             if SCALE == "sample" or SCALE == "index":
                 line = line_of(g * GROUP * LINES + k // CHUNKS, GROUP, LINES, TABLE)
                 gain += load_tile(scale_ptr, line[:, None] * SCALE_STRIDE + SCALE_AT + cols[None, :], inside)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 from ..op import UNUSED, Op, Plan, Spec, Target, cast, cdiv, groups, like, row_stride, spec, wide
-from ..rows import SUM_WARPS, config, gradient_spec, per_sample, split, sum_tile, tile
+from ..rows import SUM_WARPS, config, gradient_spec, per_sample, shared_sum_tile, split, tile
 from .kernels import adaln_bwd_kernel, adaln_bwd_vectors_kernel, adaln_fwd_kernel
 
 GATHERED = ("sample", "index")  # kinds of modulation whose gradients are sums over tokens
@@ -70,7 +70,7 @@ class Form:
 
 @cache
 def fwd_plan(target: Target, x: Spec, samples: int, tokens: int, G: int, lines: int, meta: tuple, eps: float, center: bool):
-    c = config("adaln_fwd", x.shape[2])
+    c = config("adaln_fwd", x)
     chunks, blocks = split(target, samples, cdiv(tokens, c.rows), c.per_sm)
     return Plan(
         adaln_fwd_kernel,
@@ -87,7 +87,7 @@ def bwd_plan(
     target: Target, x: Spec, samples: int, tokens: int, G: int, lines: int, meta: tuple, eps: float, center: bool, outs: tuple
 ) -> Plan:
     """outs: what the kernel writes besides dx; None stands for partial sums."""
-    c = config("adaln_bwd", x.shape[2])
+    c = config("adaln_bwd", x)
     chunks, blocks = split(target, samples * lines, cdiv(tokens, c.rows), c.per_sm)
     part = Spec((samples * lines, chunks, x.shape[2]), "float32")
     return Plan(
@@ -102,7 +102,7 @@ def bwd_plan(
 
 @cache
 def vectors_plan(width: int, served: int, shared: bool, chunks: int, samples: int, G: int, lines: int, meta: tuple, outs: tuple):
-    t = sum_tile(width)
+    t = shared_sum_tile(width)
     return Plan(
         adaln_bwd_vectors_kernel,
         grid=((served + G * shared) * cdiv(width, t["COLS"]),),
@@ -134,7 +134,7 @@ def backward(run, a, outs, extras, douts, *, eps, center, scale_row, shift_row, 
     specs = {name: UNUSED if v is None else gradient_spec(v, rows.get(name)) for name, v in wanted.items()}
     per_token = [specs[name] if f.meta[name.upper()] == "token" else UNUSED for name in ("scale", "shift")]
 
-    c = config("adaln_bwd", x.shape[2])
+    c = config("adaln_bwd", x)
     chunks, _ = split(run.target, f.samples * f.lines, cdiv(f.tokens, c.rows), c.per_sm)
     final = chunks == 1 and not f.shared and not f.table  # the sums over a line's only chunk are the gradients themselves
     sums = [None if wanted else UNUSED for wanted in f.sums.values()]
