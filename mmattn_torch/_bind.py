@@ -33,7 +33,7 @@ from torch.nn import Parameter
 import mmattn
 from mmattn._triton import triton
 from mmattn.choice import Explanation, decide, no_gradient, not_a_gpu, old_gpu
-from mmattn.op import DTYPE_NAMES, Call, Layout, Op, Operands, Plan, Spec, Target, flatten, owners, row_stride, unflatten
+from mmattn.op import DTYPE_NAMES, UNUSED, Call, Layout, Op, Operands, Plan, Spec, Target, flatten, owners, row_stride, unflatten
 
 from . import _choice
 from ._choice import current
@@ -131,13 +131,20 @@ def follow(steps: Sequence[Step], arrays: list[Tensor], addresses: list[int], de
     """Launch steps; each one's outputs and their addresses join the arrays."""
     for step in steps:
         for out in step.plan.outs:
-            x = empty(out, device)
+            x = spare(device) if out is UNUSED else empty(out, device)
             arrays.append(x)
             addresses.append(x.data_ptr())
-        if step.again is None:
+        again = step.again
+        if again is None:
             step.first(arrays)
         else:
-            step.again([addresses[i] for i in step.at])
+            again([addresses[i] for i in step.at])
+
+
+@cache
+def spare(device: torch.device) -> Tensor:
+    """What stands for outputs that no launch writes."""
+    return empty(UNUSED, device)
 
 
 class Run:
@@ -163,16 +170,18 @@ class Program(NamedTuple):
     can be repeated on other such arrays without asking the op again."""
 
     device: torch.device
+    index: int | None  # of a GPU
     copied: list[int]  # arrays that the kernels cannot read in place
     steps: list[Step]
     results: list[int]
 
-    def __call__(self, arrays: Sequence[Tensor], addresses: Sequence[int]) -> list[Tensor]:
-        device, copied, steps, results = self
-        if device.index is not None and device.index != torch._C._cuda_getDevice():
+    def __call__(self, arrays: Sequence[Tensor], addresses: list[int]) -> list[Tensor]:
+        """addresses: the arrays' own; what was allocated joins them."""
+        device, index, copied, steps, results = self
+        if index is not None and index != torch._C._cuda_getDevice():
             with torch.cuda.device(device):
                 return self(arrays, addresses)
-        arrays, addresses = list(arrays), list(addresses)
+        arrays = list(arrays)
         for i in copied:
             arrays[i] = arrays[i].contiguous()
             addresses[i] = arrays[i].data_ptr()
@@ -194,7 +203,7 @@ def record(op: Op, owners: Sequence[str], arrays: Sequence[Tensor], compute: Cal
         run = Run(device, inputs)
         results = compute(run, inputs)
     copied = [i for i, x in enumerate(arrays) if x.data_ptr() != inputs[i].data_ptr()]
-    return Program(device, copied, run.steps, [run.position(x) for x in results]), results
+    return Program(device, device.index, copied, run.steps, [run.position(x) for x in results]), results
 
 
 _programs: dict[tuple, Program] = {}
@@ -363,21 +372,37 @@ def refuse(m: Meaning, what: str):
     )
 
 
+class Kept(NamedTuple):
+    """What a Forward leaves for its backward, besides tensors."""
+
+    meaning: Meaning
+    outs: list[tuple[torch.Size, torch.dtype]]
+
+
+def refuse_constants(ctx, m: Meaning) -> None:
+    for i in m.constant:
+        if ctx.needs_input_grad[i + 1]:
+            raise RuntimeError(no_gradient(m.name, m.owners[i], "detach it"))
+
+
 class Forward(_SingleLevelFunction):
     @staticmethod
     def forward(ctx, m: Meaning, *arrays: Tensor):
+        refuse_constants(ctx, m)
         with below_autograd():
             results = OPERATORS[m.op.name].forward(list(arrays), m.text)
         n = m.number_of_outs(arrays)
-        keep(ctx, m, arrays, results, n)
+        ctx.kept = Kept(m, [(x.shape, x.dtype) for x in results[:n]])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*m.residuals(arrays, results, n))
         ctx.mark_non_differentiable(*results[n:])
         return tuple(results)
 
     @staticmethod
     def backward(ctx, *douts: Tensor | None):
-        m, kept = ctx.meaning, ctx.saved_tensors
+        (m, outs), kept = ctx.kept, ctx.saved_tensors
         douts = [
-            kept[0].new_zeros(shape, dtype=dtype) if d is None else d for d, (shape, dtype) in zip(douts, ctx.outs, strict=False)
+            kept[0].new_zeros(shape, dtype=dtype) if d is None else d for d, (shape, dtype) in zip(douts, outs, strict=False)
         ]
         if not torch.is_grad_enabled() and plain() and {*map(type, kept), *map(type, douts)} <= PLAIN:
             grads = differentiate(m, kept, douts)
@@ -388,7 +413,7 @@ class Forward(_SingleLevelFunction):
 
     @staticmethod
     def jvp(ctx, *tangents):
-        refuse(ctx.meaning, "forward-mode derivative")
+        refuse(ctx.kept.meaning, "forward-mode derivative")
 
 
 class EagerForward(Forward):
@@ -397,20 +422,12 @@ class EagerForward(Forward):
     @staticmethod
     def forward(ctx, call: tuple[Prepared, list[int]], *arrays: Tensor):
         prepared, addresses = call
+        refuse_constants(ctx, prepared.kept.meaning)
         results = prepared.program(arrays, addresses)
-        keep(ctx, prepared.meaning, arrays, results, prepared.outs)
+        ctx.kept = prepared.kept
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*prepared.kept.meaning.residuals(arrays, results, prepared.outs))
         return tuple(results[: prepared.outs])
-
-
-def keep(ctx, m: Meaning, arrays: Sequence[Tensor], results: Sequence[Tensor], outs: int) -> None:
-    """What a Forward leaves for its backward."""
-    for i in m.constant:
-        if ctx.needs_input_grad[i + 1]:
-            raise RuntimeError(no_gradient(m.name, m.owners[i], "detach it"))
-    ctx.meaning = m
-    ctx.outs = [(x.shape, x.dtype) for x in results[:outs]]
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*m.residuals(arrays, results, outs))
 
 
 class Backward(_SingleLevelFunction):
@@ -512,7 +529,7 @@ def explain(call: Call, requested: str | None, device: torch.device | None) -> E
 class Prepared(NamedTuple):
     """A call that takes the kernels, as far as the looks of its arguments determine it."""
 
-    meaning: Meaning
+    kept: Kept
     order: list[int] | None  # of the op's arrays among the call's tensors, None if it is theirs
     program: Program
     outs: int
@@ -571,9 +588,15 @@ def prepare(call: Call, tensors: list[Tensor]) -> Prepared:
     arrays, layout = flatten(call.op, call.operands)
     m = meaning(call.op, call_text(call.name, layout, call.static))
     order = [next(i for i, x in enumerate(tensors) if x is array) for array in arrays]
-    program, _ = record(call.op, m.owners, [x.detach() for x in arrays], m.forward)
+    program, results = record(call.op, m.owners, [x.detach() for x in arrays], m.forward)
     outs = m.number_of_outs(arrays)
-    return Prepared(m, None if order == list(range(len(tensors))) else order, program, outs, call.result)
+    return Prepared(
+        Kept(m, [(x.shape, x.dtype) for x in results[:outs]]),
+        None if order == list(range(len(tensors))) else order,
+        program,
+        outs,
+        call.result,
+    )
 
 
 def apart(x, seen: list[Tensor]):
