@@ -53,6 +53,13 @@ def old_gpu(arch: int) -> str | None:
     return None if arch >= 80 else f"the kernels need compute capability 8.0, the GPU has {arch / 10}"
 
 
+def no_gradient(op: str, operand: str, remedy: str) -> str:
+    return (
+        f"{op}: {operand} wants a gradient, for which there is no kernel; expected a constant. "
+        f'Pass implementation="reference", which has one, or {remedy}.'
+    )
+
+
 def unmet(op: str, problem: str) -> RuntimeError:
     return RuntimeError(f'{op}: implementation="triton" cannot be met: {problem}. Use implementation="auto" or "reference".')
 

@@ -23,7 +23,7 @@ from jax.interpreters import ad, batching, mlir, xla
 
 import mmattn
 from mmattn._triton import INSTALLED
-from mmattn.choice import decide, not_a_gpu, old_gpu, unmet
+from mmattn.choice import decide, no_gradient, not_a_gpu, old_gpu, unmet
 from mmattn.op import Call, Layout, Op, Plan, Target, flatten, owners, unflatten
 from mmattn.rows import gradient_spec
 
@@ -281,7 +281,11 @@ def linearize(op: Op, operands, tangents, *, form: Form, implementation: str):
     results = [checkpoint_name(x, checkpoint_name_of(op)) for x in results]
     outs, extras = results[: form.outs], results[form.outs :]
     nothing = [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in results]
-    at = tuple(i for i, name in enumerate(owners(form.layout)) if name not in op.constant and type(tangents[i]) is not ad.Zero)
+    names = owners(form.layout)
+    at = tuple(i for i, tangent in enumerate(tangents) if type(tangent) is not ad.Zero)
+    for i in at:
+        if names[i] in op.constant:
+            raise NotImplementedError(no_gradient(form.name, names[i], "wrap it in jax.lax.stop_gradient"))
     if not at:
         return results, nothing
     residuals = [*(operands[i] for i in kept(op, form)), *(outs if op.keeps_outs else ()), *extras]

@@ -32,12 +32,12 @@ from torch.nn import Parameter
 
 import mmattn
 from mmattn._triton import triton
-from mmattn.choice import Explanation, decide, not_a_gpu, old_gpu
+from mmattn.choice import Explanation, decide, no_gradient, not_a_gpu, old_gpu
 from mmattn.op import DTYPE_NAMES, UNUSED, Call, Layout, Op, Operands, Plan, Spec, Target, flatten, owners, row_stride, unflatten
 
 from . import _choice
 from ._choice import current
-from ._fold import fold, fold_operand, lead, unfold
+from ._fold import fold, fold_operands, lead, unfold
 from ._fused import FUSED
 
 DTYPE_NAMES.update({x: str(x).removeprefix("torch.") for x in vars(torch).values() if isinstance(x, torch.dtype)})
@@ -262,6 +262,7 @@ class Meaning:
         self.kept = [i for i, name in enumerate(self.owners) if name in op.keeps]
         self.kept_owners = [self.owners[i] for i in self.kept]
         self.wanted = [i for i, name in enumerate(self.owners) if name not in op.constant and name not in op.passes]
+        self.constant = [i for i, name in enumerate(self.owners) if name in op.constant]
         self.outs = None
         # For every array the position of its gradient among those of `wanted`, the outputs' own and, last, None.
         given = {i: n for n, i in enumerate(self.wanted)}
@@ -378,9 +379,16 @@ class Kept(NamedTuple):
     outs: list[tuple[torch.Size, torch.dtype]]
 
 
+def refuse_constants(ctx, m: Meaning) -> None:
+    for i in m.constant:
+        if ctx.needs_input_grad[i + 1]:
+            raise RuntimeError(no_gradient(m.name, m.owners[i], "detach it"))
+
+
 class Forward(_SingleLevelFunction):
     @staticmethod
     def forward(ctx, m: Meaning, *arrays: Tensor):
+        refuse_constants(ctx, m)
         with below_autograd():
             results = OPERATORS[m.op.name].forward(list(arrays), m.text)
         n = m.number_of_outs(arrays)
@@ -414,6 +422,7 @@ class EagerForward(Forward):
     @staticmethod
     def forward(ctx, call: tuple[Prepared, list[int]], *arrays: Tensor):
         prepared, addresses = call
+        refuse_constants(ctx, prepared.kept.meaning)
         results = prepared.program(arrays, addresses)
         ctx.kept = prepared.kept
         ctx.set_materialize_grads(False)
@@ -450,7 +459,7 @@ def autograd_backward(operators: Operators, kept: list[Tensor], douts: list[Tens
 def vmap_forward(operators: Operators, info, dims, arrays: list[Tensor], call: str):
     op, n = operators.op, info.batch_size
     m = meaning(op, call)
-    folded = [fold_operand(op, owner, x, dim, n) for owner, x, dim in zip(m.owners, arrays, dims[0], strict=True)]
+    folded = fold_operands(op, m.owners, arrays, dims[0], n)
     results = [unfold(x, n) for x in operators.forward(folded, call)]
     return results, [0] * len(results)
 
@@ -458,9 +467,9 @@ def vmap_forward(operators: Operators, info, dims, arrays: list[Tensor], call: s
 def vmap_backward(operators: Operators, info, dims, kept: list[Tensor], douts: list[Tensor], call: str):
     op, n = operators.op, info.batch_size
     m = meaning(op, call)
-    kept_owners = [m.owners[i] for i in m.kept]
-    folded = [fold_operand(op, owner, x, dim, n) for owner, x, dim in zip(kept_owners, kept, dims[0], strict=False)]
-    folded += [fold(x, dim, n) for x, dim in list(zip(kept, dims[0], strict=True))[len(folded) :]]
+    operands = len(m.kept)  # results follow
+    folded = fold_operands(op, [m.owners[i] for i in m.kept], kept[:operands], dims[0][:operands], n)
+    folded += [fold(x, dim, n) for x, dim in zip(kept[operands:], dims[0][operands:], strict=True)]
     grads = operators.backward(folded, [fold(d, dim, n) for d, dim in zip(douts, dims[1], strict=True)], call)
     shapes = m.kept_operands([lead(x, dim, n).shape for x, dim in zip(kept, dims[0], strict=True)])
     return [g.reshape(shapes[i]) for g, i in zip(grads, m.wanted, strict=True)], [0] * len(grads)
@@ -616,7 +625,8 @@ def execute(call: Call, requested: str | None) -> Any:
         return call.result(run_kernels(call))
     device = flatten(call.op, call.operands)[0][0].device
     formula = partial(call.op.reference, torch)
-    if (requested or current()) != "reference":  # fallen back, not asked for: torch's fastest, which lacks some derivatives
+    asked = (requested or current()) == "reference" or any(x.dtype == torch.float64 for x in flatten(call.op, call.operands)[0])
+    if not asked:  # fallen back: torch's fastest, which lacks some derivatives
         formula = FUSED.get(call.op.name, formula)
     with without_autocast(device):
         return call.result(formula(Operands(**call.operands), **dict(call.static)))

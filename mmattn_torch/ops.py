@@ -18,6 +18,7 @@ from ._bind import constant_under_compile, perform
 from ._choice import Implementation
 
 Streams = Tensor | tuple[Tensor, ...]
+Cast = Literal["after_weight", "before_weight", "none"]
 OptionalStreams = Tensor | tuple[Tensor | None, ...] | None
 
 CORE: dict[str, Callable[..., Call]] = {}  # public name -> the function that checks its arguments
@@ -57,6 +58,8 @@ def extent(start_pos) -> tuple[int, int] | None:
         return start_pos, start_pos
     if not hasattr(start_pos, "shape") or 0 in start_pos.shape or torch.compiler.is_compiling():
         return None
+    if "int" not in str(start_pos.dtype):  # which is refused in other words
+        return None
     if isinstance(start_pos, Tensor):
         wrapped = type(start_pos) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(start_pos)
         if wrapped or start_pos.device.type != "cpu":
@@ -76,10 +79,19 @@ def layernorm_adaln(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    rows: Tensor | None = None,
+    scale_base: Tensor | None = None,
+    shift_base: Tensor | None = None,
     eps: float = 1e-6,
+    zero_centered: bool = False,
+    cast: Cast = "after_weight",
     implementation: Implementation | None = None,
 ) -> Tensor:
-    return perform(mmattn.layernorm_adaln, implementation, x, vector(scale), vector(shift), eps=eps)
+    vectors = dict(weight=weight, bias=bias, rows=rows, scale_base=scale_base, shift_base=shift_base)
+    how = dict(eps=eps, zero_centered=zero_centered, cast=cast)
+    return perform(mmattn.layernorm_adaln, implementation, x, vector(scale), vector(shift), **vectors, **how)
 
 
 @documented(mmattn.rmsnorm_adaln)
@@ -88,10 +100,19 @@ def rmsnorm_adaln(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    rows: Tensor | None = None,
+    scale_base: Tensor | None = None,
+    shift_base: Tensor | None = None,
     eps: float = 1e-6,
+    zero_centered: bool = False,
+    cast: Cast = "after_weight",
     implementation: Implementation | None = None,
 ) -> Tensor:
-    return perform(mmattn.rmsnorm_adaln, implementation, x, vector(scale), vector(shift), eps=eps)
+    vectors = dict(weight=weight, bias=bias, rows=rows, scale_base=scale_base, shift_base=shift_base)
+    how = dict(eps=eps, zero_centered=zero_centered, cast=cast)
+    return perform(mmattn.rmsnorm_adaln, implementation, x, vector(scale), vector(shift), **vectors, **how)
 
 
 @documented(mmattn.layer_norm)
@@ -116,6 +137,26 @@ def rms_norm(
 @documented(mmattn.gated_residual)
 def gated_residual(residual: Tensor, h: Tensor, gate: Tensor, *, implementation: Implementation | None = None) -> Tensor:
     return perform(mmattn.gated_residual, implementation, residual, h, vector(gate))
+
+
+@documented(mmattn.gated_residual_norm_adaln)
+def gated_residual_norm_adaln(
+    residual: Tensor,
+    h: Tensor,
+    gate: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    center: bool = True,
+    h_weight: Tensor | None = None,
+    h_eps: float = 1.1920929e-7,
+    eps: float = 1e-6,
+    gate_fn: Literal["identity", "tanh"] = "identity",
+    implementation: Implementation | None = None,
+) -> tuple[Tensor, Tensor]:
+    rows = map(vector, (gate, scale, shift))
+    how = dict(center=center, h_weight=h_weight, h_eps=h_eps, eps=eps, gate_fn=gate_fn)
+    return perform(mmattn.gated_residual_norm_adaln, implementation, residual, h, *rows, **how)
 
 
 @documented(mmattn.qk_norm_rope)
@@ -232,5 +273,7 @@ def explain(op: str | Callable, *args: Any, device: torch.device | str | None = 
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     check.choice("explain", "op", name, tuple(CORE))
     requested = kwargs.pop("implementation", None)
+    if kwargs.get("start_pos") is not None:
+        kwargs["start_extent"] = extent(kwargs["start_pos"])
     call = _bind.checked(CORE[name], args, kwargs)
     return _bind.explain(call, requested, None if device is None else torch.device(device))

@@ -239,6 +239,22 @@ def test_row_of_a_packed_array(row, kernels):
     same(jax.vmap(grads(run))(x[None], h[None], array[None]), jax.tree.map(lambda g: g[None], got))
 
 
+@pytest.mark.parametrize("array, row", [((2, 3, D), 3), ((2, 3, D), -1), ((2, D), 0), ((2, 3, D), np.int32(1))])
+def test_row_that_is_none(array, row):
+    with pytest.raises(ValueError, match=r"gated_residual: gate is row .*; expected \(B, M, D\) and an int from 0 to M - 1"):
+        residual(randn(2, L, D), randn(2, L, D), Row(randn(*array), row))
+
+
+def test_gradient_of_a_constant_is_refused():
+    weight, cos, sin = randn(16), randn(9, 4), randn(9, 4)
+    run = lambda cos, **how: mmattn_jax.qk_norm_rope(randn(2, 5, 3, 2, 8), weight, weight, over="width", cos=cos, sin=sin, **how)[
+        0
+    ].sum()
+    with pytest.raises(NotImplementedError, match="qk_norm_rope: cos wants a gradient, for which there is no kernel"):
+        jax.grad(run)(cos)
+    assert np.abs(jax.grad(partial(run, implementation="reference"))(cos)).max() > 0
+
+
 @each_example
 def test_batch_of_none(f, kernels):
     arrays = [x[:0] if x.shape[0] == B else x for x in EXAMPLES[f]]
@@ -461,6 +477,7 @@ def test_explain():
     cuda = partial(mmattn_jax.explain, "layernorm_adaln", device="cuda")
     if _jax_triton.installed():
         assert cuda(x, scale, shift).path == "triton"
+        assert cuda(x, scale, shift, device="cuda:0").path == "triton"
     assert cuda(x, scale, implementation="reference") == ("reference", "asked for by the call")
     assert cuda(jax.ShapeDtypeStruct((0, L, D), jnp.float32)).path == "reference"
     assert cuda(jax.ShapeDtypeStruct((B, L, D), "float64")).path == "reference"

@@ -294,6 +294,27 @@ def test_nested_vmap_of_a_shared_vector(kernels):
         both(lambda f, i=inner, o=outer: vmap(vmap(grad(loss(f), (0, 1)), i), o), rms, [x, weight])
 
 
+@pytest.mark.parametrize("mapped", [(0, None), (None, 0), (0, 0)])
+def test_vmap_over_a_table(mapped, kernels):
+    """cos and sin of several tables, or one of them alone."""
+    qkv, weight = randn(2, 5, 3, HEADS, 8), randn(HEADS * 8)
+    tables = [randn(3, 9, 4, seed=seed) if dim == 0 else randn(9, 4, seed=seed) for seed, dim in enumerate(mapped)]
+    norm = lambda cos, sin, **how: mmattn_torch.qk_norm_rope(qkv, weight, weight, over="width", cos=cos, sin=sin, **how)
+    both(lambda f: vmap(f, mapped), norm, tables)
+
+
+@pytest.mark.parametrize("name", ["cos", "sin"])
+def test_gradient_of_a_constant_is_refused(name, kernels):
+    weight, tables = randn(HEADS * 8), dict(cos=randn(9, 4), sin=randn(9, 4))
+    tables[name].requires_grad_()
+    run = partial(mmattn_torch.qk_norm_rope, randn(2, 5, 3, HEADS, 8), weight, weight, over="width", **tables)
+    for call in (run, torch.compile(run, backend="aot_eager")):
+        with pytest.raises(RuntimeError, match=f"qk_norm_rope: {name} wants a gradient, for which there is no kernel"):
+            call()
+    run(**REFERENCE)[0].sum().backward()
+    assert tables[name].grad.abs().max() > 0
+
+
 def test_grad_of_vmap_sums_over_it(kernels):
     both(lambda f: grad(lambda x, w: (vmap(f, (0, None))(x, w) ** 2).sum(), (0, 1)), rms, [randn(3, 2, 5, D), randn(D)])
 
@@ -471,8 +492,23 @@ def test_implementation_sets_and_restores(kernels):
     assert path() == "reference"
     former.__exit__()
     assert path() == "triton"
+    again = mmattn_torch.implementation("reference")
+    for _ in range(2):
+        with again:
+            assert path() == "reference"
+            with again:
+                assert path() == "reference"
+        assert path() == "triton"
+    assert mmattn_torch.implementation("reference")(path)() == "reference"
+    assert path() == "triton"
     with pytest.raises(ValueError, match="implementation: name is 'cuda'; expected one of 'auto', 'triton', 'reference'"):
         mmattn_torch.implementation("cuda")
+
+
+def test_float64_has_every_derivative(cpu):
+    """It takes the reference whatever is asked for, not torch's fused code."""
+    q = randn(1, 3, 1, 8, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda q: mmattn_torch.joint_attention(q, q, q), (q,))
 
 
 def test_unmet_request_says_why():

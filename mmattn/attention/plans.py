@@ -165,15 +165,17 @@ def attention_backward(run, a, outs, residuals, douts, *, precision: str, wide: 
     n = len(a.q)
     o, do, dlse, lse, anys = outs[:n], douts[:n], douts[n:], residuals[:n], residuals[n:]
     delta = tuple(run(delta_plan(log_specs(a), d, bool(dlse), is_exact(a, precision)), *o, *do, *lse, *(dlse or lse)))
-    inputs = (*a.q, *a.k, *a.v, *mask_inputs(a, anys), *do, *lse, *delta)
+    inputs = (*a.q, *a.k, *a.v, *mask_inputs(a, anys), *do, *lse)
     static |= dict(precision=precision, GRADIENT_SCALE=static["scale"])
-    constants, warps, stages = meta(a, "dkdv", **static)
-    outs = tuple(Spec(tuple(x.shape), "float32" if wide else spec(x).dtype) for x in a.k) + tuple(
-        Spec(tuple(x.shape), spec(a.v[0]).dtype) for x in a.k
-    )
-    p = plan(joint_attention_bwd_dkdv_body, lengths(a), B * H, constants["KEYS"], outs, tuple(constants.items()), warps, stages)
-    dkdv = tuple(run(p, *inputs))
+    kind = lambda x: "float32" if wide else spec(x).dtype
     constants, warps, stages = meta(a, "dq", **static)
-    outs = tuple(Spec(tuple(x.shape), "float32" if wide else spec(x).dtype) for x in a.q)
+    exact = log_specs(a) if is_exact(a, precision) else (UNUSED,) * n
+    outs = tuple(Spec(tuple(x.shape), kind(x)) for x in a.q) + exact
     p = plan(joint_attention_bwd_dq_body, lengths(a), B * H, constants["QUERIES"], outs, tuple(constants.items()), warps, stages)
-    return tuple(run(p, *inputs)), dkdv[:n], dkdv[n:]
+    results = tuple(run(p, *inputs, *delta))
+    dq, delta = results[:n], results[n:] if is_exact(a, precision) else delta
+    constants, warps, stages = meta(a, "dkdv", **static)
+    outs = tuple(Spec(tuple(x.shape), kind(x)) for x in a.k) + tuple(Spec(tuple(x.shape), spec(a.v[0]).dtype) for x in a.k)
+    p = plan(joint_attention_bwd_dkdv_body, lengths(a), B * H, constants["KEYS"], outs, tuple(constants.items()), warps, stages)
+    dkdv = tuple(run(p, *inputs, *delta))
+    return dq, dkdv[:n], dkdv[n:]
