@@ -234,7 +234,9 @@ def describe(args, key: list, tensors: list[Tensor], addresses: list[int]) -> bo
             tensors.append(x)
             addresses.append(address)
             key += (x.shape, x.is_contiguous() or x.stride(), x.dtype, x.device, address % 16 == 0)
-        elif x is None or kind is float or kind is int or kind is bool or kind is str:
+        elif x is None:
+            key.append(None)
+        elif kind is float or kind is int or kind is bool or kind is str:
             key += (kind, x)
         elif kind is tuple or kind is list:
             key += (kind, len(x))

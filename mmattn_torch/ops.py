@@ -89,9 +89,10 @@ def layernorm_adaln(
     cast: Cast = "after_weight",
     implementation: Implementation | None = None,
 ) -> Tensor:
-    vectors = dict(weight=weight, bias=bias, rows=rows, scale_base=scale_base, shift_base=shift_base)
-    how = dict(eps=eps, zero_centered=zero_centered, cast=cast)
-    return perform(mmattn.layernorm_adaln, implementation, x, vector(scale), vector(shift), **vectors, **how)
+    return perform(
+        mmattn.layernorm_adaln, implementation, x, vector(scale), vector(shift), weight=weight, bias=bias, rows=rows,
+        scale_base=scale_base, shift_base=shift_base, eps=eps, zero_centered=zero_centered, cast=cast,
+    )  # fmt: skip
 
 
 @documented(mmattn.rmsnorm_adaln)
@@ -110,9 +111,10 @@ def rmsnorm_adaln(
     cast: Cast = "after_weight",
     implementation: Implementation | None = None,
 ) -> Tensor:
-    vectors = dict(weight=weight, bias=bias, rows=rows, scale_base=scale_base, shift_base=shift_base)
-    how = dict(eps=eps, zero_centered=zero_centered, cast=cast)
-    return perform(mmattn.rmsnorm_adaln, implementation, x, vector(scale), vector(shift), **vectors, **how)
+    return perform(
+        mmattn.rmsnorm_adaln, implementation, x, vector(scale), vector(shift), weight=weight, bias=bias, rows=rows,
+        scale_base=scale_base, shift_base=shift_base, eps=eps, zero_centered=zero_centered, cast=cast,
+    )  # fmt: skip
 
 
 @documented(mmattn.layer_norm)
@@ -154,9 +156,10 @@ def gated_residual_norm_adaln(
     gate_fn: Literal["identity", "tanh"] = "identity",
     implementation: Implementation | None = None,
 ) -> tuple[Tensor, Tensor]:
-    rows = map(vector, (gate, scale, shift))
-    how = dict(center=center, h_weight=h_weight, h_eps=h_eps, eps=eps, gate_fn=gate_fn)
-    return perform(mmattn.gated_residual_norm_adaln, implementation, residual, h, *rows, **how)
+    return perform(
+        mmattn.gated_residual_norm_adaln, implementation, residual, h, vector(gate), vector(scale), vector(shift),
+        center=center, h_weight=h_weight, h_eps=h_eps, eps=eps, gate_fn=gate_fn,
+    )  # fmt: skip
 
 
 @documented(mmattn.qk_norm_rope)
