@@ -69,6 +69,10 @@ def residual(x, h, gate, **how):
     return mmattn_jax.gated_residual(x, h, gate, **how)
 
 
+def residual_norm(x, h, gate, scale, shift, **how):
+    return mmattn_jax.gated_residual_norm_adaln(x, h, gate, scale, shift, **how)
+
+
 def rotated(qkv, q_weight, k_weight, **how):
     return mmattn_jax.qk_norm_rope(qkv, q_weight, k_weight, over="width", **TABLE, start_pos=np.arange(len(qkv)) % 4, **how)
 
@@ -91,6 +95,7 @@ EXAMPLES = {
     adaln: (randn(B, L, D), randn(B, D), randn(B, 1, D)),
     norm: (randn(B, L, D), randn(D), randn(D, seed=1)),
     residual: (randn(B, L, D), randn(B, L, D, seed=1), randn(B, D)),
+    residual_norm: (randn(B, L, D), randn(B, L, D, seed=1), randn(B, D), randn(B, D, seed=1), randn(B, D, seed=2)),
     rotated: (packed(L), randn(D), randn(D, seed=1)),
     attention: (heads(L), heads(L, 1), heads(L, 2), heads(C)),
     fused: (packed(L), packed(C), randn(4, D)),

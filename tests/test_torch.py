@@ -85,6 +85,10 @@ def residual(x, h, gate, **how):
     return mmattn_torch.gated_residual(x, h, gate, **how)
 
 
+def residual_norm(x, h, gate, scale, **how):
+    return torch.cat(mmattn_torch.gated_residual_norm_adaln(x, h, gate, scale, **how), 1)
+
+
 def attention(x, c, weights, mask, key_mask, **how):
     """The seed's attention of two streams."""
     packed = tuple(t.reshape(*t.shape[:2], 3, HEADS, t.shape[2] // (3 * HEADS)) for t in (x, c))
@@ -112,6 +116,8 @@ def operands(f, B: int, L: int, C: int = 5) -> list:
         return [leaf(B, L, D), leaf(D)]
     if f is residual:
         return [leaf(B, L, D), leaf(B, L, D, seed=1), leaf(B, D)]
+    if f is residual_norm:
+        return [leaf(B, L, D), leaf(B, L, D, seed=1), leaf(B, D), leaf(B, 1, D)]
     if f is linear:
         heads = [leaf(B, L, HEADS, D // HEADS, seed=i) for i in range(3)]
         return [*heads, leaf(B, C, HEADS, D // HEADS), torch.arange(L, device=DEVICE)[None].expand(B, L) < L - 2]
@@ -126,6 +132,7 @@ OPERATOR = {
     adaln: "adaln",
     rms: "adaln",
     residual: "gated_residual",
+    residual_norm: "gated_residual_norm_adaln",
     attention: "qk_norm_rope_attention",
     linear: "relu_linear_attention",
 }
