@@ -125,6 +125,9 @@ def gated_residual_norm_adaln_bwd_kernel(
     dy_ptr,  # (B, L, D)
     dresidual_ptr,  # (B, L, D)
     dh_ptr,  # (B, L, D)
+    dgate_ptr,  # (B, D) where the sums are the gradients
+    dscale_ptr,  # likewise
+    dshift_ptr,  # likewise
     q_ptr,  # (B, CHUNKS, D) float32: sum of d * u over the chunk's tokens
     a_ptr,  # (B, CHUNKS, D) float32: sum of dy * norm(r)
     s_ptr,  # (B, CHUNKS, D) float32: sum of dy
@@ -182,11 +185,18 @@ def gated_residual_norm_adaln_bwd_kernel(
         if SHIFTED:
             s += dy
     part = tl.program_id(0).to(tl.int64)
-    store_sums(q_ptr, part, q, cols, WIDTH)
-    if SCALED:
-        store_sums(a_ptr, part, a, cols, WIDTH)
-    if SHIFTED:
-        store_sums(s_ptr, part, s, cols, WIDTH)
+    if CHUNKS == 1 and not POST and not TANH:  # the sums over a sample's only chunk are the gradients
+        store_sums(dgate_ptr, part, q, cols, WIDTH)
+        if SCALED:
+            store_sums(dscale_ptr, part, a, cols, WIDTH)
+        if SHIFTED:
+            store_sums(dshift_ptr, part, s, cols, WIDTH)
+    else:
+        store_sums(q_ptr, part, q, cols, WIDTH)
+        if SCALED:
+            store_sums(a_ptr, part, a, cols, WIDTH)
+        if SHIFTED:
+            store_sums(s_ptr, part, s, cols, WIDTH)
 
 
 @triton.jit(do_not_specialize=["SAMPLES", "CHUNKS", "GROUP"])
@@ -293,18 +303,22 @@ def sums_are_gradients(chunks: int, flags: dict) -> bool:
 
 @cache
 def bwd_plan(target: Target, x: Spec, G: int, meta: tuple, vectors: tuple[Spec, ...]) -> Plan:
-    """vectors: the gradients of gate, scale and shift, which are the sums themselves where a sample is one chunk."""
+    """vectors: the gradients of gate, scale and shift. A launch that leaves them to the second kernel has outputs of their
+    dtypes anyway, so that one compiled kernel serves every number of chunks."""
     B, L, D = x.shape
     c = config("gated_residual_norm_adaln_bwd", x)
     chunks, blocks = split(target, B, cdiv(L, c.rows), c.per_sm)
     flags = dict(meta)
     part = Spec((B, chunks, D), "float32")
-    if not sums_are_gradients(chunks, flags):
-        vectors = (part, part if flags["SCALED"] else UNUSED, part if flags["SHIFTED"] else UNUSED)
+    sums = [part if wanted else UNUSED for wanted in (True, flags["SCALED"], flags["SHIFTED"])]
+    if sums_are_gradients(chunks, flags):
+        sums = [UNUSED] * 3
+    else:
+        vectors = [Spec((1,), out.dtype) for out in vectors]
     return Plan(
         gated_residual_norm_adaln_bwd_kernel,
         grid=(B * chunks,),
-        outs=(x, x, *vectors),
+        outs=(x, x, *vectors, *sums),
         ints=dict(TOKENS=L, CHUNKS=chunks, BLOCKS=blocks, GROUP=B // G),
         meta=dict(WIDTH=D, **flags, **tile(D, c), STAGES=c.stages),
         warps=c.warps,
@@ -313,7 +327,7 @@ def bwd_plan(target: Target, x: Spec, G: int, meta: tuple, vectors: tuple[Spec, 
 
 @cache
 def vectors_plan(samples: int, chunks: int, width: int, G: int, meta: tuple, outs: tuple[Spec, ...]) -> Plan:
-    t = shared_sum_tile(width)
+    t = shared_sum_tile(width, 1)
     return Plan(
         gated_residual_norm_adaln_bwd_vectors_kernel,
         grid=((samples + G * dict(meta)["POST"]) * cdiv(width, t["COLS"]),),
@@ -345,13 +359,14 @@ def backward(run, a, outs, extras, douts, **static):
     wanted = dict(gate=a.gate, scale=a.scale, shift=a.shift)
     specs = [UNUSED if v is None else gradient_spec(v, static[f"{name}_row"]) for name, v in wanted.items()]
     plan = bwd_plan(run.target, spec(a.residual), G, constants(a, static, gated_residual_norm_adaln_bwd_kernel), tuple(specs))
-    dresidual, dh, *vectors = run(plan, a.residual, a.h, a.gate, scale, h_weight, dr, dy)
+    dresidual, dh, *rest = run(plan, a.residual, a.h, a.gate, scale, h_weight, dr, dy)
+    vectors, sums = rest[:3], rest[3:]
     dh_weight = None
     if not sums_are_gradients(plan.ints["CHUNKS"], plan.meta):
         meta = constants(a, static, gated_residual_norm_adaln_bwd_vectors_kernel)
         outs = (*specs, UNUSED if a.h_weight is None else spec(a.h_weight))
         plan = vectors_plan(B, plan.ints["CHUNKS"], D, G, meta, outs)
-        *vectors, dh_weight = run(plan, *vectors, a.gate, h_weight)
+        *vectors, dh_weight = run(plan, *sums, a.gate, h_weight)
     grads = {name: None if v is None else d for (name, v), d in zip(wanted.items(), vectors, strict=True)}
     return dict(residual=dresidual, h=dh, h_weight=None if a.h_weight is None else dh_weight) | grads
 

@@ -188,10 +188,10 @@ def sum_tile(width: int) -> dict[str, int]:
     return dict(ROWS=SUM_ROWS, COLS=min(SUM_COLS, next_power_of_2(width)))
 
 
-def shared_sum_tile(width: int) -> dict[str, int]:
+def shared_sum_tile(width: int, sums: int) -> dict[str, int]:
     """The same, and how many partial sums at once are added up to the gradient of a vector that all samples share: many, as a
     thousand short samples are a thousand partial sums, and few programs add them."""
-    return dict(**sum_tile(width), SHARED_ROWS=256)
+    return dict(**sum_tile(width), SHARED_ROWS=256 if sums == 1 else 64)
 
 
 @cache

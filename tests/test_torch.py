@@ -6,6 +6,7 @@ import inspect
 import os
 import subprocess
 import sys
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -640,3 +641,97 @@ def test_a_profiler_sees_the_operators(kernels):
     with torch.profiler.profile() as profile:
         mmattn_torch.rms_norm(x)
     assert "mmattn::adaln_fwd" in {event.name for event in profile.events()}
+
+
+def separate(residual, h, gate, scale, shift, *, eps, h_weight, h_eps):
+    """gated_residual_norm_adaln as the operations that it joins."""
+    h = h if h_weight is None else mmattn_torch.rms_norm(h, h_weight, eps=h_eps)
+    r = mmattn_torch.gated_residual(residual, h, gate)
+    return r, mmattn_torch.layernorm_adaln(r, scale, shift, eps=eps)
+
+
+def launches(module, inputs, monkeypatch) -> Counter:
+    """The kernels that a forward and backward launch, and how often."""
+    names = []
+
+    def launch(plan, arrays, outs):
+        name = plan.kernel.fn.__name__.removesuffix("_kernel")
+        names.append(name)
+        return lambda addresses: names.append(name)
+
+    monkeypatch.setattr(_bind, "launch", launch)
+    monkeypatch.setattr(_bind, "problem", lambda device: None)
+    _bind.forget()
+    sum(out.sum() for out in module(**inputs)).backward()
+    _bind.forget()
+    return Counter(names)
+
+
+def test_launches_per_layer(cpu, monkeypatch, capsys):
+    """Of a layer's residuals, gates, norms and modulations none is a launch of its own: two a stream, forward."""
+    inputs = dict(x=leaf(2, 70, D), y=leaf(2, 1, D), context=leaf(2, 20, D))
+
+    def per_layer():
+        stack = lambda depth: mmattn_torch.GPT2Stack(depth, D, HEADS, conditioning=True, use_cross_attn=True, dropout=0.0)
+        two, three = (launches(stack(depth), inputs, monkeypatch) for depth in (2, 3))
+        return {name: n - two[name] for name, n in three.items() if n > two[name]}
+
+    after = per_layer()
+    monkeypatch.setattr(mmattn_torch.nn.ops, "gated_residual_norm_adaln", separate)
+    before = per_layer()
+    norms = lambda counts, half: sum(
+        n for name, n in counts.items() if "attention" not in name and "qk" not in name and half in name
+    )
+    with capsys.disabled():
+        print(f"\nlaunches of a layer of two streams, forward and backward: before {before}, after {after}")
+    assert (norms(before, "fwd"), norms(after, "fwd")) == (10, 4)
+    assert {name for name in after if name.endswith("fwd") and "attention" not in name and "qk" not in name} == {
+        "gated_residual_norm_adaln_fwd"
+    }
+    assert sum(after.values()) < sum(before.values())
+
+
+def modulated(x, vectors, **how):
+    return mmattn_torch.layernorm_adaln(x, vectors[:, :D], vectors[:, D : 2 * D], **how)
+
+
+def residual_and_norm(x, vectors, **how):
+    rows = (vectors[:, i * D : (i + 1) * D] for i in range(3))
+    return mmattn_torch.gated_residual_norm_adaln(x, x.sin(), *rows, **how)[1]
+
+
+NORMS = [modulated, residual_and_norm, lambda x, vectors, **how: mmattn_torch.rms_norm(x, vectors[0, :D], **how)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("f", NORMS, ids=["adaln", "gated_residual_norm_adaln", "rms_norm"])
+def test_one_compile_serves_every_batch_and_length(f):
+    """Lengths and batch sizes are runtime integers: 1, multiples of 16 and others, one chunk a sample or many."""
+    modules = [sys.modules[name] for name in ("mmattn.adaln.kernels", "mmattn.gated_residual_norm_adaln")]
+    kernels = [k for module in modules for k in vars(module).values() if hasattr(k, "device_caches")]
+
+    def run(B, L):
+        with_gradients(f, [leaf(B, L, D, dtype=torch.bfloat16), leaf(B, 3 * D, dtype=torch.bfloat16)])
+        return {k.fn.__name__: sum(len(cache[0]) for cache in k.device_caches.values()) for k in kernels}
+
+    run(2, 7000)  # many chunks a sample, so that the second kernel runs too
+    first = run(3, 70)
+    for B, L in ((1, 1), (2, 16), (16, 37), (700, 5), (1, 9000)):
+        assert run(B, L) == first, (B, L)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("f", NORMS, ids=["adaln", "gated_residual_norm_adaln", "rms_norm"])
+def test_more_elements_than_32_bits_count(f):
+    """The last tokens of 2^31 elements and some are what they are by themselves."""
+    L = 2**31 // D + 100
+    vectors = randn(1, 3 * D, dtype=torch.bfloat16)
+    x = torch.zeros(1, L, D, dtype=torch.bfloat16, device=DEVICE)
+    x[:, -50:] = randn(1, 50, D, dtype=torch.bfloat16)
+    x.requires_grad_()
+    last = x[:, -50:].detach().requires_grad_()
+    y, want = f(x, vectors), f(last, vectors)
+    assert torch.equal(y[:, -50:], want)
+    dy = randn(1, 50, D, seed=1, dtype=torch.bfloat16)
+    (dx,) = torch.autograd.grad(y[:, -50:], x, dy)
+    assert torch.equal(dx[:, -50:], torch.autograd.grad(want, last, dy)[0])

@@ -185,8 +185,8 @@ def adaln_bwd_kernel(
     scale_base_ptr,  # (G, D)
     index_ptr,  # (B, L) integers
     dx_ptr,  # (B, L, D)
-    dscale_ptr,  # (B, L, D), for a scale per token
-    dshift_ptr,  # (B, L, D), for a shift per token
+    dscale_ptr,  # (B, L, D) for a scale per token; (B * LINES, D) where the sums are the gradients
+    dshift_ptr,  # likewise
     a_ptr,  # (B * LINES, CHUNKS, D) float32: sum of dy * norm(x) over the line's tokens of the chunk
     h_ptr,  # (B * LINES, CHUNKS, D) float32: sum of dy
     wa_ptr,  # (B * LINES, CHUNKS, D) float32: sum of dy * (1 + scale) * norm(x), for a scale per token
@@ -210,6 +210,7 @@ def adaln_bwd_kernel(
     SUM_H: tl.constexpr,
     SUM_WA: tl.constexpr,
     SUM_WH: tl.constexpr,
+    FINAL: tl.constexpr,  # whether the sums over a line's only chunk are the gradients of its scale and shift
     SCALE_STRIDE: tl.constexpr,
     SCALE_AT: tl.constexpr,
     ROWS: tl.constexpr,
@@ -248,14 +249,20 @@ def adaln_bwd_kernel(
                 WIDTH, EPS, CENTER, SCALE, SHIFT, SUM_A, SUM_H, SUM_WA, SUM_WH, SCALE_STRIDE, ROWS, COLS,
             )  # fmt: skip
     part = tl.program_id(0).to(tl.int64)
-    if SUM_A:
-        store_sums(a_ptr, part, a, cols, WIDTH)
-    if SUM_H:
-        store_sums(h_ptr, part, h, cols, WIDTH)
-    if SUM_WA:
-        store_sums(wa_ptr, part, wa, cols, WIDTH)
-    if SUM_WH:
-        store_sums(wh_ptr, part, wh, cols, WIDTH)
+    if FINAL and CHUNKS == 1:
+        if SUM_A:
+            store_sums(dscale_ptr, part, a, cols, WIDTH)
+        if SUM_H:
+            store_sums(dshift_ptr, part, h, cols, WIDTH)
+    else:
+        if SUM_A:
+            store_sums(a_ptr, part, a, cols, WIDTH)
+        if SUM_H:
+            store_sums(h_ptr, part, h, cols, WIDTH)
+        if SUM_WA:
+            store_sums(wa_ptr, part, wa, cols, WIDTH)
+        if SUM_WH:
+            store_sums(wh_ptr, part, wh, cols, WIDTH)
 
 
 @triton.jit(do_not_specialize=["SERVED", "CHUNKS", "GROUP", "LINES"])

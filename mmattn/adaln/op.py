@@ -62,10 +62,11 @@ class Form:
         )
         self.served = self.lines * (self.groups if self.table else self.samples) if whole else 0
         self.shared = affine or a.scale_base is not None or a.shift_base is not None
+        self.final = not self.shared and not self.table
 
     def only(self, kernel) -> tuple:
         """What a kernel takes of the constants."""
-        return tuple((k, v) for k, v in (self.meta | self.sums).items() if k in kernel.arg_names)
+        return tuple((k, v) for k, v in (self.meta | self.sums | dict(FINAL=self.final)).items() if k in kernel.arg_names)
 
 
 @cache
@@ -84,25 +85,33 @@ def fwd_plan(target: Target, x: Spec, samples: int, tokens: int, G: int, lines: 
 
 @cache
 def bwd_plan(
-    target: Target, x: Spec, samples: int, tokens: int, G: int, lines: int, meta: tuple, eps: float, center: bool, outs: tuple
+    target: Target, x: Spec, samples: int, tokens: int, G: int, lines: int, meta: tuple, eps: float, center: bool, vectors: tuple
 ) -> Plan:
-    """outs: what the kernel writes besides dx; None stands for partial sums."""
-    c = config("adaln_bwd", x)
+    """vectors: gradients of scale and shift. A launch that leaves one to the second kernel has an output of its dtype anyway,
+    so that one compiled kernel serves every number of chunks."""
+    c, D = config("adaln_bwd", x), x.shape[2]
     chunks, blocks = split(target, samples * lines, cdiv(tokens, c.rows), c.per_sm)
-    part = Spec((samples * lines, chunks, x.shape[2]), "float32")
+    flags = dict(meta)
+    final = flags["FINAL"] and chunks == 1
+    part = Spec((samples * lines, chunks, D), "float32")
+    here = [
+        out if final or flags[name] == "token" else Spec((1,), out.dtype)
+        for name, out in zip(("SCALE", "SHIFT"), vectors, strict=True)
+    ]
+    sums = [part if flags[name] and not final else UNUSED for name in ("SUM_A", "SUM_H", "SUM_WA", "SUM_WH")]
     return Plan(
         adaln_bwd_kernel,
         grid=(samples * lines * chunks,),
-        outs=(x, *(part if out is None else out for out in outs)),
+        outs=(x, *here, *sums),
         ints=dict(TOKENS=tokens, CHUNKS=chunks, BLOCKS=blocks, GROUP=samples // G, LINES=lines),
-        meta=dict(WIDTH=x.shape[2], EPS=eps, CENTER=center, **dict(meta), **tile(x.shape[2], c), STAGES=c.stages),
+        meta=dict(WIDTH=D, EPS=eps, CENTER=center, **flags, **tile(D, c), STAGES=c.stages),
         warps=c.warps,
     )
 
 
 @cache
 def vectors_plan(width: int, served: int, shared: bool, chunks: int, samples: int, G: int, lines: int, meta: tuple, outs: tuple):
-    t = shared_sum_tile(width)
+    t = shared_sum_tile(width, sum(dict(meta)[name] for name in ("SUM_A", "SUM_H", "SUM_WA", "SUM_WH")))
     return Plan(
         adaln_bwd_vectors_kernel,
         grid=((served + G * shared) * cdiv(width, t["COLS"]),),
@@ -132,26 +141,19 @@ def backward(run, a, outs, extras, douts, *, eps, center, scale_row, shift_row, 
     wanted = dict(scale=f.scale, shift=f.shift, weight=a.weight, bias=a.bias, scale_base=a.scale_base, shift_base=a.shift_base)
     rows = dict(scale=scale_row, shift=shift_row)
     specs = {name: UNUSED if v is None else gradient_spec(v, rows.get(name)) for name, v in wanted.items()}
-    per_token = [specs[name] if f.meta[name.upper()] == "token" else UNUSED for name in ("scale", "shift")]
-
-    c = config("adaln_bwd", x)
-    chunks, _ = split(run.target, f.samples * f.lines, cdiv(f.tokens, c.rows), c.per_sm)
-    final = chunks == 1 and not f.shared and not f.table  # the sums over a line's only chunk are the gradients themselves
-    sums = [None if wanted else UNUSED for wanted in f.sums.values()]
-    if final:
-        sums = [specs[name] if f.meta[name.upper()] in GATHERED else UNUSED for name in ("scale", "shift")] + [UNUSED, UNUSED]
     sizes = (f.samples, f.tokens, f.groups, f.lines)
-    plan = bwd_plan(run.target, x, *sizes, f.only(adaln_bwd_kernel), eps, center, (*per_token, *sums))
-    dx, *tokens, A, H, WA, WH = run(plan, a.x, dy, scale, weight, bias, scale_base, index)
+    vectors = (specs["scale"], specs["shift"])
+    plan = bwd_plan(run.target, x, *sizes, f.only(adaln_bwd_kernel), eps, center, vectors)
+    dx, dscale, dshift, A, H, WA, WH = run(plan, a.x, dy, scale, weight, bias, scale_base, index)
+    here = dict(scale=dscale, shift=dshift)
 
-    grads = dict(zip(specs, (A, H) if final else (None, None), strict=False))
-    if any(f.sums.values()) and not final:
-        meta = f.only(adaln_bwd_vectors_kernel)
+    grads, chunks = here, plan.ints["CHUNKS"]
+    if any(f.sums.values()) and not (f.final and chunks == 1):
         outs = tuple(UNUSED if f.meta.get(name.upper()) == "token" else out for name, out in specs.items())
-        plan = vectors_plan(x.shape[2], f.served, f.shared, chunks, f.samples, f.groups, f.lines, meta, outs)
+        plan = vectors_plan(x.shape[2], f.served, f.shared, chunks, *sizes[::2], f.lines, f.only(adaln_bwd_vectors_kernel), outs)
         grads = dict(zip(specs, run(plan, A, H, WA, WH, scale, weight, bias, scale_base), strict=True))
-    grads |= {name: d for name, d in zip(("scale", "shift"), tokens, strict=True) if f.meta[name.upper()] == "token"}
-    grads = {name: grads[name] if v is not None else None for name, v in wanted.items()}
+        grads |= {name: d for name, d in here.items() if f.meta[name.upper()] == "token"}
+    grads = {name: None if v is None else grads[name] for name, v in wanted.items()}
     for name in ("scale", "shift"):
         grads[f"{name}_table"] = grads[name] if f.table else None
         if f.table:
