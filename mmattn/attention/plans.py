@@ -25,14 +25,14 @@ def tiles(kind: str, d: int, dtype: str, masked: bool, precision: str) -> tuple[
         cols = max(32, cols)
         size = 32 if cols == 32 else 16
         return dict(QUERIES=size, KEYS=size, COLS=cols), 8, 1
-    keys = 32 if kind == "fwd" and cols == 32 else 64  # 64 spill
+    keys = 32 if kind == "fwd" and cols <= 32 else 64  # 64 spill
     return dict(QUERIES=64, KEYS=keys, COLS=cols), 8 if cols > 64 else 4, 2 if dtype != "float32" else 1
 
 
 SHORT = 256  # joint lengths up to which all keys of a head are loaded at once
 
 
-def unshifted_tiles(d: int, dtype: str, keys: int) -> tuple[dict[str, int], int, int]:
+def unshifted_tiles(d: int, dtype: str, keys: int, masked: bool) -> tuple[dict[str, int], int, int]:
     """Tile, warps and stages of the forward without a running maximum.
 
     Measured in docs/facts.md. Below head width 64 instruction issue binds, and what counts is how many warps share the issue
@@ -48,7 +48,9 @@ def unshifted_tiles(d: int, dtype: str, keys: int) -> tuple[dict[str, int], int,
         return dict(QUERIES=64 if keys <= 1024 else 128, KEYS=64, COLS=cols), 2, 3
     if cols == 32:
         return dict(QUERIES=64, KEYS=64, COLS=cols), 4, 3
-    return dict(QUERIES=128, KEYS=64, COLS=cols), 4 if cols == 64 else 8, 4 if cols == 64 else 3
+    if cols == 64:
+        return dict(QUERIES=128, KEYS=32 if masked else 64, COLS=cols), 4, 4  # 64 spill with masks on two streams
+    return dict(QUERIES=128, KEYS=64, COLS=cols), 8, 3
 
 
 def meta(a, kind: str, *, causal: bool, scale: float, precision: str, v_at: int = 0, **more) -> tuple[dict, int, int]:
@@ -56,7 +58,7 @@ def meta(a, kind: str, *, causal: bool, scale: float, precision: str, v_at: int 
     masked = a.attn_mask is not None or causal or any(m is not None for m in a.key_masks)
     exact = is_exact(a, precision)
     if kind == "unshifted":
-        tile, warps, stages = unshifted_tiles(a.q[0].shape[3], spec(a.v[0]).dtype, sum(lengths(a)))
+        tile, warps, stages = unshifted_tiles(a.q[0].shape[3], spec(a.v[0]).dtype, sum(lengths(a)), masked)
     else:
         tile, warps, stages = tiles(kind, a.q[0].shape[3], spec(a.v[0]).dtype, masked, precision)
     constants = dict(
