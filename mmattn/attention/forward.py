@@ -304,7 +304,7 @@ def joint_attention_fwd_body(
             for part in tl.range(0, 4, num_stages=1):
                 shifted_softmax(
                     q_ptr, k_ptrs, v_ptrs, query_mask_ptr, key_mask_ptrs, mask_ptr, rows_ptr, cols_ptr, o_ptr, lse_ptr, log_ptr,
-                    batch, head, i, first + part * (QUERIES // 4), length, q_stride, query_masked, LENGTHS, K_STRIDES_, V_STRIDES_,
-                    V_AT, HEADS, GROUP, WIDTH, SCALE, KEY_MASKS_, CAUSAL, MASKED, PRECISION, EXACT, LOGS,
+                    batch, head, i, first + part * (QUERIES // 4), length, q_stride, query_masked, LENGTHS, K_STRIDES_,
+                    V_STRIDES_, V_AT, HEADS, GROUP, WIDTH, SCALE, KEY_MASKS_, CAUSAL, MASKED, PRECISION, EXACT, LOGS,
                     QUERIES // 4, 16, COLS, 1,
                 )  # fmt: skip
