@@ -33,11 +33,31 @@ def load_keys(
     """One block of k and v [KEYS, COLS], and which keys count [KEYS]; the others read as 0."""
     key = start + tl.arange(0, KEYS)
     cols = tl.arange(0, COLS)
-    whole: tl.constexpr = not (TAIL or KEY_MASKED)
+    v = load_tokens(v_ptr, batch, key, length, v_stride, cols, WIDTH, key < length, not TAIL)
+    k = load_tokens(k_ptr, batch, key, length, k_stride, cols, WIDTH, key < length, not TAIL).to(v.dtype)
     keep = kept(key_mask_ptr, batch, key, length, KEY_MASKED)
-    v = load_tokens(v_ptr, batch, key, length, v_stride, cols, WIDTH, keep, whole)
-    k = load_tokens(k_ptr, batch, key, length, k_stride, cols, WIDTH, keep, whole).to(v.dtype)
+    if KEY_MASKED:  # after the loads, which need not wait for the mask
+        k = tl.where(keep[:, None], k, 0.0)
+        v = tl.where(keep[:, None], v, 0.0)
     return k, v, keep
+
+
+@triton.jit
+def kept_range(key_mask_ptr, batch, length, KEY_MASKED: tl.constexpr):
+    """How many keys come before the first that does not count, and how many up to the last that does."""
+    lead = length + 0
+    last = length + 0
+    if KEY_MASKED:
+        leads = tl.zeros((1024,), tl.int32) + length
+        lasts = tl.zeros((1024,), tl.int32)
+        for start in tl.range(0, length, 1024, num_stages=1):
+            key = start + tl.arange(0, 1024)
+            keep = kept(key_mask_ptr, batch, key, length, True)
+            leads = tl.where(keep | (key >= length), leads, tl.minimum(leads, key))
+            lasts = tl.where(keep, key + 1, lasts)
+        lead = tl.min(leads, 0)
+        last = tl.max(lasts, 0)
+    return lead, last
 
 
 @triton.jit
@@ -272,26 +292,26 @@ def joint_attention_fwd_body(
                         SCALE, CAUSAL, PRECISION, not (KEY_MASKS_[t] or j == KEY_BLOCKS_[t] - 1), by_dot,
                     )  # fmt: skip
             else:
-                end = LENGTHS[t] + 0
+                lead, end = kept_range(key_mask_ptrs[t], batch, LENGTHS[t], KEY_MASKS_[t])
                 if CAUSAL:
-                    end = tl.where(i == t, tl.minimum(LENGTHS[t], first + QUERIES), LENGTHS[t])
-                full = end // KEYS * KEYS
+                    end = tl.where(i == t, tl.minimum(end, first + QUERIES), end)
+                full = tl.minimum(lead, end) // KEYS * KEYS
                 for start in range(0, full, KEYS):
                     k, v, kept_keys = load_keys(
                         k_ptr, v_ptr, key_mask_ptrs[t], batch, start, LENGTHS[t], K_STRIDES_[t], V_STRIDES_[t],
-                        WIDTH, KEY_MASKS_[t], KEYS, COLS, False,
+                        WIDTH, False, KEYS, COLS, False,
                     )  # fmt: skip
                     acc, total = gather(
-                        acc, total, q, k, v, kept_keys, query, start, i, t,
-                        SCALE, CAUSAL, PRECISION, not KEY_MASKS_[t], by_dot,
-                    )  # fmt: skip
-                if full < end:
+                        acc, total, q, k, v, kept_keys, query, start, i, t, SCALE, CAUSAL, PRECISION, True, by_dot
+                    )
+                # The tail, and with a key mask all that follows the first masked key: one block if the mask is padding.
+                for start in tl.range(full, end, KEYS, num_stages=1):
                     k, v, kept_keys = load_keys(
-                        k_ptr, v_ptr, key_mask_ptrs[t], batch, full, LENGTHS[t], K_STRIDES_[t], V_STRIDES_[t],
+                        k_ptr, v_ptr, key_mask_ptrs[t], batch, start, LENGTHS[t], K_STRIDES_[t], V_STRIDES_[t],
                         WIDTH, KEY_MASKS_[t], KEYS, COLS, True,
                     )  # fmt: skip
                     acc, total = gather(
-                        acc, total, q, k, v, kept_keys, query, full, i, t, SCALE, CAUSAL, PRECISION, False, by_dot
+                        acc, total, q, k, v, kept_keys, query, start, i, t, SCALE, CAUSAL, PRECISION, False, by_dot
                     )
         sums = tl.max(total, 1) if by_dot else tl.sum(total, 1)
         if in_range(acc, sums, keep, keys, v_ptrs[0].dtype.element_ty == tl.float16):
@@ -301,10 +321,10 @@ def joint_attention_fwd_body(
             )  # fmt: skip
         else:
             # Rare: small tiles that shape neither registers nor shared memory of the kernel.
-            for part in tl.range(0, 4, num_stages=1):
+            for part in tl.range(0, 2, num_stages=1):
                 shifted_softmax(
                     q_ptr, k_ptrs, v_ptrs, query_mask_ptr, key_mask_ptrs, mask_ptr, rows_ptr, cols_ptr, o_ptr, lse_ptr, log_ptr,
-                    batch, head, i, first + part * (QUERIES // 4), length, q_stride, query_masked, LENGTHS, K_STRIDES_,
+                    batch, head, i, first + part * (QUERIES // 2), length, q_stride, query_masked, LENGTHS, K_STRIDES_,
                     V_STRIDES_, V_AT, HEADS, GROUP, WIDTH, SCALE, KEY_MASKS_, CAUSAL, MASKED, PRECISION, EXACT, LOGS,
-                    QUERIES // 4, 16, COLS, 1,
+                    QUERIES // 2, 32, COLS, 2,
                 )  # fmt: skip
