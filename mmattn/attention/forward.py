@@ -321,10 +321,10 @@ def joint_attention_fwd_body(
             )  # fmt: skip
         else:
             # Rare: small tiles that shape neither registers nor shared memory of the kernel.
-            for part in tl.range(0, 2, num_stages=1):
+            for part in tl.range(0, QUERIES // 64, num_stages=1):
                 shifted_softmax(
                     q_ptr, k_ptrs, v_ptrs, query_mask_ptr, key_mask_ptrs, mask_ptr, rows_ptr, cols_ptr, o_ptr, lse_ptr, log_ptr,
-                    batch, head, i, first + part * (QUERIES // 2), length, q_stride, query_masked, LENGTHS, K_STRIDES_,
+                    batch, head, i, first + part * 64, length, q_stride, query_masked, LENGTHS, K_STRIDES_,
                     V_STRIDES_, V_AT, HEADS, GROUP, WIDTH, SCALE, KEY_MASKS_, CAUSAL, MASKED, PRECISION, EXACT, LOGS,
-                    QUERIES // 2, 32, COLS, 2,
+                    64, 32, COLS, 1,
                 )  # fmt: skip
