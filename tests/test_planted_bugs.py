@@ -23,7 +23,7 @@ class Bug(NamedTuple):
 
 ADALN, ROWS, FUSED = "adaln/kernels.py", "rows.py", "gated_residual_norm_adaln.py"
 ROPE, LINEAR = "qk_norm_rope.py", "linear_attention.py"
-FORWARD, BACKWARD, TOKENS = (f"attention/{name}.py" for name in ("forward", "backward", "tokens"))
+FORWARD, BACKWARD, SINGLE, TOKENS = (f"attention/{name}.py" for name in ("forward", "backward", "single_pass", "tokens"))
 BUGS = [
     Bug("unbiased variance", "layernorm_adaln-37x48", ROWS, "tl.sum(x * x, 1)", "tl.sum(x * x, 1) * (WIDTH / (WIDTH - 1))"),
     Bug("eps forgotten", "rmsnorm_adaln-at-zero", ROWS, "mean_square + EPS", "mean_square"),
@@ -53,7 +53,10 @@ BUGS = [
     Bug("key mask dropped", "joint_attention-one-key-mask", TOKENS, "inside &= tl.load(key_mask_ptr", "tl.load(key_mask_ptr"),
     Bug("causal by one", "joint_attention-causal", TOKENS, "(query >= key)", "(query > key)"),
     Bug("any() of the other axis", "joint_attention-mask", TOKENS, "tl.load(rows_ptr + batch", "tl.load(cols_ptr + batch"),
-    Bug("lse's gradient dropped", "joint_attention-lse", BACKWARD, "delta -= tl.load(", "tl.load("),
+    Bug("lse's gradient dropped", "joint_attention-everything", BACKWARD, "delta -= tl.load(", "tl.load("),
+    Bug("lse's gradient dropped", "joint_attention-lse", SINGLE, "delta -= dlse[b]", "delta -= 0.0 * dlse[b]"),
+    Bug("delta dropped", "joint_attention-seed", SINGLE, "tl.where(empty, 0.0, -delta)", "delta * 0.0"),
+    Bug("a key too many", "joint_attention-key-masks", SINGLE, "tl.where(real[:, None], dv, 0.0)", "dv"),
     Bug("relu's slope forgotten", "relu_linear_attention-37-5", LINEAR, "keep[:, None] & (k > 0)", "keep[:, None]"),
 ]
 

@@ -5,6 +5,26 @@ from __future__ import annotations
 from .._triton import tl, triton
 from .tokens import accumulate, allowed, kept, load_tokens, pair_sum, power, products, stream_of
 
+PAD: tl.constexpr = tl.constexpr(128)  # rows of statistics are padded to a multiple of this, so that no load of them is masked
+
+
+@triton.jit
+def padded(length, EXACT: tl.constexpr):
+    return length + 0 if EXACT else tl.cdiv(length, PAD) * PAD
+
+
+@triton.jit
+def store_statistics(ptr, at, shift, delta, inside, EXACT: tl.constexpr):
+    """What a score's gradient needs of its row: delta; or minus the shift, -inf for an empty row, and minus delta, side by
+    side, since a pair is fetched by one load and nothing is left to do to them for each tile."""
+    delta = tl.where(shift == float("-inf"), 0.0, delta)
+    if EXACT:
+        tl.store(ptr + at, delta, mask=inside)
+    else:
+        minus_shift = tl.where(shift == float("-inf"), shift, -shift)
+        pair = tl.join(minus_shift, -delta)
+        tl.store(ptr + 2 * at[:, None] + tl.arange(0, 2)[None, :], pair, mask=inside[:, None])
+
 
 @triton.jit
 def attention_delta_body(
@@ -12,7 +32,7 @@ def attention_delta_body(
     do_ptrs,  # (B, L_s, H, d)
     lse_ptrs,  # (B, H, L_s) float32, as the forward wrote it
     dlse_ptrs,  # (B, H, L_s) float32
-    delta_ptrs,  # (B, H, L_s) float32
+    delta_ptrs,  # (B, H, padded L_s, 2) float32; EXACT: (B, H, L_s)
     LENGTHS,
     HEADS,
     WIDTH,
@@ -24,72 +44,92 @@ def attention_delta_body(
     """Grid (B * blocks of ROWS (token, head) rows over all streams,): delta = sum(o * do) - dlse, 0 for an empty row."""
     blocks = 0
     for t in tl.static_range(len(o_ptrs)):
-        blocks += tl.cdiv(LENGTHS[t] * HEADS, ROWS)
+        blocks += tl.cdiv(padded(LENGTHS[t], EXACT) * HEADS, ROWS)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
     for t in tl.static_range(len(o_ptrs)):
-        rows_of_stream = LENGTHS[t] * HEADS
-        here = tl.cdiv(rows_of_stream, ROWS)
+        reach = padded(LENGTHS[t], EXACT)
+        here = tl.cdiv(reach * HEADS, ROWS)
         if (block >= 0) & (block < here):
             row = block * ROWS + tl.arange(0, ROWS)
             cols = tl.arange(0, COLS)
-            inside = (row < rows_of_stream)[:, None] & (cols < WIDTH)[None, :]
-            at = batch * rows_of_stream * WIDTH + row[:, None] * WIDTH + cols[None, :]
+            real = row < LENGTHS[t] * HEADS
+            inside = real[:, None] & (cols < WIDTH)[None, :]
+            at = batch * LENGTHS[t] * HEADS * WIDTH + row[:, None] * WIDTH + cols[None, :]
             if EXACT:
                 delta = tl.zeros((ROWS,), tl.float32)
             else:
                 o = tl.load(o_ptrs[t] + at, mask=inside, other=0.0).to(tl.float32)  # [ROWS, COLS]
                 do = tl.load(do_ptrs[t] + at, mask=inside, other=0.0).to(tl.float32)
                 delta = tl.sum(o * do, 1)
-            at = batch * rows_of_stream + row % HEADS * LENGTHS[t] + row // HEADS
+            at = (batch * HEADS + row % HEADS) * LENGTHS[t] + row // HEADS
             if SHIFTED:
-                delta -= tl.load(dlse_ptrs[t] + at, mask=row < rows_of_stream, other=0.0)
-            lse = tl.load(lse_ptrs[t] + (2 * at if EXACT else at), mask=row < rows_of_stream, other=float("-inf"))
-            delta = tl.where(lse == float("-inf"), 0.0, delta)
-            tl.store(delta_ptrs[t] + at, delta, mask=row < rows_of_stream)
+                delta -= tl.load(dlse_ptrs[t] + at, mask=real, other=0.0)
+            shift = tl.load(lse_ptrs[t] + (2 * at if EXACT else at), mask=real, other=float("-inf"))
+            at = (batch * HEADS + row % HEADS) * reach + row // HEADS
+            store_statistics(delta_ptrs[t], at, shift, delta, row < reach * HEADS, EXACT)
         block -= here
 
 
 @triton.jit
-def load_row_statistics(lse_ptr, delta_ptr, at, query, length, EXACT: tl.constexpr):
-    """What a row's scores are shifted by (+inf for an empty row, so that its P is 0), P's factor besides, and delta."""
-    inside = query < length
-    delta = tl.load(delta_ptr + at + query, mask=inside, other=0.0)
+def load_row_statistics(lse_ptr, delta_ptr, row, query, length, EXACT: tl.constexpr):
+    """Minus what a row's scores are shifted by (-inf for an empty row, so that its P is 0), P's factor besides, and minus
+    delta; `row` counts (sample, head) pairs."""
     if EXACT:
-        shift = tl.load(lse_ptr + 2 * (at + query), mask=inside, other=float("-inf"))
-        factor = tl.div_rn(tl.full(query.shape, 1.0, tl.float32), tl.load(lse_ptr + 2 * (at + query) + 1, mask=inside, other=1.0))
+        at = row * length + query
+        inside = query < length
+        delta = tl.load(delta_ptr + at, mask=inside, other=0.0)
+        shift = tl.load(lse_ptr + 2 * at, mask=inside, other=float("-inf"))
+        factor = tl.div_rn(tl.full(query.shape, 1.0, tl.float32), tl.load(lse_ptr + 2 * at + 1, mask=inside, other=1.0))
+        return tl.where(shift == float("-inf"), shift, -shift), factor, -delta
     else:
-        shift = tl.load(lse_ptr + at + query, mask=inside, other=float("-inf"))
-        factor = tl.full(query.shape, 1.0, tl.float32)
-    return tl.where(shift == float("-inf"), float("inf"), shift), factor, delta
+        pair = tl.load(delta_ptr + 2 * (row * padded(length, EXACT) + query)[:, None] + tl.arange(0, 2)[None, :])
+        minus_shift, minus_delta = tl.split(pair)
+        return minus_shift, minus_shift, minus_delta
+
+
+@triton.jit
+def probabilities(s, minus_shift, factor, SCALE: tl.constexpr, EXACT: tl.constexpr):
+    """The softmax of a tile of scores; `minus_shift` and `factor` broadcast to it."""
+    if EXACT:
+        return power(s * SCALE + minus_shift, EXACT) * factor
+    else:
+        return tl.exp2(tl.fma(s, tl.full(s.shape, SCALE, tl.float32), tl.broadcast_to(minus_shift, s.shape)))
+
+
+@triton.jit
+def products_from(start, x, y, PRECISION: tl.constexpr, EXACT: tl.constexpr):
+    """start + x y^T; start broadcasts to the tile."""
+    if EXACT:
+        return products(x, y, PRECISION, EXACT) + start
+    else:
+        return tl.dot(x, tl.trans(y), tl.broadcast_to(start, (x.shape[0], y.shape[0])), input_precision=PRECISION)
 
 
 @triton.jit
 def gather_queries(
-    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, query_mask_ptr, mask_ptr, rows_ptr, cols_ptr, batch, statistics,
+    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, query_mask_ptr, mask_ptr, rows_ptr, cols_ptr, batch, row,
     i, t, start, key, length, first_length, q_stride, do_stride,
     SCALE: tl.constexpr, WIDTH: tl.constexpr, QUERY_MASKED: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr, EXACT: tl.constexpr, QUERIES: tl.constexpr, COLS: tl.constexpr, TAIL: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr, QUERIES: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """What one block of queries adds to dk and dv [KEYS, COLS]; scores are held transposed, [KEYS, QUERIES]."""
+    """dk and dv [KEYS, COLS] with what one block of queries adds; scores are held transposed, [KEYS, QUERIES].
+
+    Behind the last query P is 0, so masks are for loads only and no block is peeled.
+    """
     query = start + tl.arange(0, QUERIES)
     cols = tl.arange(0, COLS)
-    whole: tl.constexpr = not (TAIL or QUERY_MASKED)
     keep = kept(query_mask_ptr, batch, query, length, QUERY_MASKED)
-    q = load_tokens(q_ptr, batch, query, length, q_stride, cols, WIDTH, keep, whole).to(v.dtype)  # [QUERIES, COLS]
-    do = load_tokens(do_ptr, batch, query, length, do_stride, cols, WIDTH, keep, whole)
-    shift, factor, delta = load_row_statistics(lse_ptr, delta_ptr, statistics, query, length, EXACT)  # [QUERIES]
-    s = products(k, q, PRECISION, EXACT) * SCALE  # [KEYS, QUERIES]
-    p = power(s - shift[None, :], EXACT)
-    if EXACT:
-        p *= factor[None, :]
+    q = load_tokens(q_ptr, batch, query, length, q_stride, cols, WIDTH, keep, False).to(v.dtype)  # [QUERIES, COLS]
+    do = load_tokens(do_ptr, batch, query, length, do_stride, cols, WIDTH, keep, False)
+    minus_shift, factor, minus_delta = load_row_statistics(lse_ptr, delta_ptr, row, query, length, EXACT)  # [QUERIES]
+    p = probabilities(products(k, q, PRECISION, EXACT), minus_shift[None, :], factor[None, :], SCALE, EXACT)  # [KEYS, QUERIES]
     if CAUSAL or MASKED:
         valid = allowed(mask_ptr, rows_ptr, cols_ptr, batch, i, t, query[None, :], key[:, None], first_length, CAUSAL, MASKED)
         p = tl.where(valid, p, 0.0)
     dv = accumulate(dv, 1.0, p.to(do.dtype), do, PRECISION, EXACT)
-    dp = products(v, do, PRECISION, EXACT)  # [KEYS, QUERIES]
-    ds = p * (dp - delta[None, :])
-    dk = accumulate(dk, 1.0, ds.to(q.dtype), q, PRECISION, EXACT)
+    ds = (p * products_from(minus_delta[None, :], v, do, PRECISION, EXACT)).to(q.dtype)
+    dk = accumulate(dk, 1.0, ds, q, PRECISION, EXACT)
     return dk, dv
 
 
@@ -104,7 +144,7 @@ def joint_attention_bwd_dkdv_body(
     cols_ptr,
     do_ptrs,  # (B, L_s, H, d)
     lse_ptrs,  # (B, H, L_s) float32, as the forward wrote it
-    delta_ptrs,  # (B, H, L_s) float32
+    delta_ptrs,  # as attention_delta_body wrote it
     dk_ptrs,  # (B, L_s, H, d)
     dv_ptrs,  # (B, L_s, H, d)
     LENGTHS,
@@ -150,22 +190,15 @@ def joint_attention_bwd_dkdv_body(
     for i in tl.static_range(len(q_ptrs)):
         q_ptr = q_ptrs[i] + head * WIDTH
         do_ptr = do_ptrs[i] + head * WIDTH
-        statistics = (batch * HEADS + head) * LENGTHS[i]
+        row = batch * HEADS + head
         begin = 0
         if CAUSAL:
             begin = tl.where(i == t, first // QUERIES * QUERIES, 0)
-        full = LENGTHS[i] // QUERIES * QUERIES
-        for start in range(begin, full, QUERIES):
+        for start in range(begin, LENGTHS[i], QUERIES):
             dk, dv = gather_queries(
                 dk, dv, k, v, q_ptr, do_ptr, lse_ptrs[i], delta_ptrs[i], key_mask_ptrs[i], mask_ptr, rows_ptr, cols_ptr, batch,
-                statistics, i, t, start, key, LENGTHS[i], LENGTHS[0], Q_STRIDES_[i], HEADS * WIDTH,
-                SCALE, WIDTH, KEY_MASKS_[i], CAUSAL, MASKED, PRECISION, EXACT, QUERIES, COLS, TAIL=False,
-            )  # fmt: skip
-        if full < LENGTHS[i]:
-            dk, dv = gather_queries(
-                dk, dv, k, v, q_ptr, do_ptr, lse_ptrs[i], delta_ptrs[i], key_mask_ptrs[i], mask_ptr, rows_ptr, cols_ptr, batch,
-                statistics, i, t, full, key, LENGTHS[i], LENGTHS[0], Q_STRIDES_[i], HEADS * WIDTH,
-                SCALE, WIDTH, KEY_MASKS_[i], CAUSAL, MASKED, PRECISION, EXACT, QUERIES, COLS, TAIL=True,
+                row, i, t, start, key, LENGTHS[i], LENGTHS[0], Q_STRIDES_[i], HEADS * WIDTH,
+                SCALE, WIDTH, KEY_MASKS_[i], CAUSAL, MASKED, PRECISION, EXACT, QUERIES, COLS,
             )  # fmt: skip
     dk = tl.where(keep[:, None], dk * GRADIENT_SCALE, 0.0)
     dv = tl.where(keep[:, None], dv, 0.0)
@@ -177,8 +210,8 @@ def joint_attention_bwd_dkdv_body(
 
 @triton.jit
 def gather_keys(
-    acc, q, do, shift, factor, delta, k_ptr, v_ptr, key_mask_ptr, mask_ptr, rows_ptr, cols_ptr, batch, i, t, query, start,
-    length, first_length, k_stride, v_stride,
+    acc, q, do, minus_shift, factor, minus_delta, k_ptr, v_ptr, key_mask_ptr, mask_ptr, rows_ptr, cols_ptr, batch,
+    i, t, query, start, length, first_length, k_stride, v_stride,
     SCALE: tl.constexpr, WIDTH: tl.constexpr, KEY_MASKED: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr, EXACT: tl.constexpr, KEYS: tl.constexpr, COLS: tl.constexpr, TAIL: tl.constexpr,
     DELTA: tl.constexpr,
@@ -190,20 +223,17 @@ def gather_keys(
     keep = kept(key_mask_ptr, batch, key, length, KEY_MASKED)
     v = load_tokens(v_ptr, batch, key, length, v_stride, cols, WIDTH, keep, whole)  # [KEYS, COLS]
     k = load_tokens(k_ptr, batch, key, length, k_stride, cols, WIDTH, keep, whole).to(v.dtype)
-    s = products(q, k, PRECISION, EXACT) * SCALE  # [QUERIES, KEYS]
-    p = power(s - shift[:, None], EXACT)
-    if EXACT:
-        p *= factor[:, None]
+    p = probabilities(products(q, k, PRECISION, EXACT), minus_shift[:, None], factor[:, None], SCALE, EXACT)  # [QUERIES, KEYS]
     if not whole:
         p = tl.where(keep[None, :], p, 0.0)
     if CAUSAL or MASKED:
         valid = allowed(mask_ptr, rows_ptr, cols_ptr, batch, i, t, query[:, None], key[None, :], first_length, CAUSAL, MASKED)
         p = tl.where(valid, p, 0.0)
-    dp = products(do, v, PRECISION, EXACT)
     if DELTA:
-        return acc + pair_sum(p * dp)
+        return acc + pair_sum(p * products(do, v, PRECISION, EXACT))
     else:
-        return accumulate(acc, 1.0, (p * (dp - delta[:, None])).to(k.dtype), k, PRECISION, EXACT)
+        ds = p * products_from(minus_delta[:, None], do, v, PRECISION, EXACT)
+        return accumulate(acc, 1.0, ds.to(k.dtype), k, PRECISION, EXACT)
 
 
 @triton.jit
@@ -260,7 +290,7 @@ def joint_attention_bwd_dq_body(
     q = load_tokens(q_ptr + head * WIDTH, batch, query, length, q_stride, cols, WIDTH, keep, False)  # [QUERIES, COLS]
     q = q.to(v_ptrs[0].dtype.element_ty)
     do = load_tokens(do_ptr + head * WIDTH, batch, query, length, HEADS * WIDTH, cols, WIDTH, keep, False)
-    shift, factor, delta = load_row_statistics(lse_ptr, delta_ptr, (batch * HEADS + head) * length, query, length, EXACT)
+    minus_shift, factor, minus_delta = load_row_statistics(lse_ptr, delta_ptr, batch * HEADS + head, query, length, EXACT)
     for DELTA in tl.static_range(1 if EXACT else 0, -1, -1):
         acc = tl.zeros((QUERIES, 1 if DELTA else COLS), tl.float32)
         for t in tl.static_range(len(k_ptrs)):
@@ -272,22 +302,22 @@ def joint_attention_bwd_dq_body(
             full = end // KEYS * KEYS
             for start in range(0, full, KEYS):
                 acc = gather_keys(
-                    acc, q, do, shift, factor, delta, k_ptr, v_ptr, key_mask_ptrs[t], mask_ptr, rows_ptr, cols_ptr, batch,
-                    i, t, query, start,
+                    acc, q, do, minus_shift, factor, minus_delta, k_ptr, v_ptr, key_mask_ptrs[t], mask_ptr, rows_ptr, cols_ptr,
+                    batch, i, t, query, start,
                     LENGTHS[t], LENGTHS[0], K_STRIDES_[t], V_STRIDES_[t],
                     SCALE, WIDTH, KEY_MASKS_[t], CAUSAL, MASKED, PRECISION, EXACT, KEYS, COLS, False, DELTA,
                 )  # fmt: skip
             if full < end:
                 acc = gather_keys(
-                    acc, q, do, shift, factor, delta, k_ptr, v_ptr, key_mask_ptrs[t], mask_ptr, rows_ptr, cols_ptr, batch,
-                    i, t, query, full,
+                    acc, q, do, minus_shift, factor, minus_delta, k_ptr, v_ptr, key_mask_ptrs[t], mask_ptr, rows_ptr, cols_ptr,
+                    batch, i, t, query, full,
                     LENGTHS[t], LENGTHS[0], K_STRIDES_[t], V_STRIDES_[t],
                     SCALE, WIDTH, KEY_MASKS_[t], CAUSAL, MASKED, PRECISION, EXACT, KEYS, COLS, True, DELTA,
                 )  # fmt: skip
         if DELTA:
             _, exact_delta_ptr, _, _, _ = stream_of(block, exact_delta_ptrs, LENGTHS, Q_STRIDES_, QUERIES)
-            delta += tl.max(acc, 1)
-            tl.store(exact_delta_ptr + (batch * HEADS + head) * length + query, delta, mask=query < length)
+            minus_delta -= tl.max(acc, 1)
+            tl.store(exact_delta_ptr + (batch * HEADS + head) * length + query, -minus_delta, mask=query < length)
     at = (batch * length + query)[:, None] * (HEADS * WIDTH) + head * WIDTH + cols[None, :]
     tl.store(
         dq_ptr + at, (acc * GRADIENT_SCALE).to(dq_ptr.dtype.element_ty), mask=(query < length)[:, None] & (cols < WIDTH)[None, :]

@@ -7,8 +7,9 @@ from functools import cache
 
 from ..op import UNUSED, Plan, Spec, cdiv, next_power_of_2, row_stride, spec
 from ..streams import over_streams
-from .backward import attention_delta_body, joint_attention_bwd_dkdv_body, joint_attention_bwd_dq_body
+from .backward import PAD, attention_delta_body, joint_attention_bwd_dkdv_body, joint_attention_bwd_dq_body
 from .forward import joint_attention_fwd_body
+from .single_pass import joint_attention_bwd_body
 from .tokens import mask_any_kernel
 
 LOG2E = math.log2(math.e)
@@ -82,12 +83,19 @@ def meta(a, kind: str, *, causal: bool, scale: float, precision: str, v_at: int 
 
 @cache
 def plan(
-    body, lengths: tuple[int, ...], programs: int, block: int, outs: tuple[Spec, ...], constants: tuple, warps: int, stages: int
+    body,
+    lengths: tuple[int, ...],
+    programs: int,
+    block: int | None,
+    outs: tuple[Spec, ...],
+    constants: tuple,
+    warps: int,
+    stages: int,
 ) -> Plan:
-    """`programs` are launched for each block of `block` tokens of each stream."""
+    """`programs` are launched, for each block of `block` tokens of each stream if there is one."""
     return Plan(
         over_streams(body, len(lengths)),
-        grid=(programs * sum(cdiv(L, block) for L in lengths),),
+        grid=(programs * sum(cdiv(L, block) for L in lengths) if block else programs,),
         outs=outs,
         ints={f"LENGTH{i}": L for i, L in enumerate(lengths)},
         meta=dict(constants),
@@ -97,19 +105,24 @@ def plan(
 
 
 @cache
-def delta_plan(outs: tuple[Spec, ...], d: int, shifted: bool, exact: bool) -> Plan:
-    B, H, _ = outs[0].shape
+def delta_plan(lengths: tuple[int, ...], outs: tuple[Spec, ...], H: int, d: int, shifted: bool, exact: bool) -> Plan:
     cols = next_power_of_2(d)
     rows = max(1, 2048 // cols)
-    lengths = [o.shape[2] for o in outs]
+    reach = [L if exact else cdiv(L, PAD.value) * PAD.value for L in lengths]
     return Plan(
         over_streams(attention_delta_body, len(outs)),
-        grid=(B * sum(cdiv(L * H, rows) for L in lengths),),
+        grid=(outs[0].shape[0] * sum(cdiv(L * H, rows) for L in reach),),
         outs=outs,
         ints={f"LENGTH{i}": L for i, L in enumerate(lengths)},
         meta=dict(HEADS=H, WIDTH=d, SHIFTED=shifted, EXACT=exact, ROWS=rows, COLS=cols),
         warps=4,
     )
+
+
+def statistics_specs(a) -> tuple[Spec, ...]:
+    """Two numbers for each row that the backward computes first."""
+    B, _, H, _ = a.q[0].shape
+    return tuple(Spec((B, H, cdiv(L, PAD.value) * PAD.value, 2), "float32") for L in lengths(a))
 
 
 def lengths(a) -> tuple[int, ...]:
@@ -185,23 +198,80 @@ def attention_forward(run, a, *, return_lse: bool, precision: str, **static):
     return (o + log if return_lse else o), lse + anys
 
 
+def backward_tiles(kind: str, d: int, keys: int, masked: bool) -> tuple[dict[str, int], int, int]:
+    """Tile, warps and stages of a backward kernel in 16 bits ("single", "dkdv" or "dq"), by measurement (docs/facts.md).
+
+    Every kernel waits for its products and exponentials in turn, so what counts is how many programs share a multiprocessor:
+    tiles of 64 x 64, or half of that for short sequences, and three stages, which hide the loads.
+    """
+    cols = max(16, next_power_of_2(d))
+    tile = lambda queries, keys: dict(QUERIES=queries, KEYS=keys, COLS=cols)
+    if kind == "single":
+        return tile(64, 64), 4, 1
+    if cols == 16 and keys <= 1024:
+        return (tile(32, 64) if kind == "dkdv" else tile(64, 32)), 2, 3
+    if cols <= 64:
+        return tile(64, 64), 4, 3
+    if kind == "dkdv":
+        return tile(64, 64), 4, 2
+    return (tile(64, 64), 8, 2) if masked else (tile(128, 64), 8, 3)  # a mask's registers spill there
+
+
+def backward_meta(a, kind: str, **static) -> tuple[dict, int, int]:
+    constants, warps, stages = meta(a, kind, **static)
+    if spec(a.v[0]).dtype != "float32":
+        masked = constants["CAUSAL"] or constants["MASKED"] > 0
+        tile, warps, stages = backward_tiles(kind, a.q[0].shape[3], sum(lengths(a)), masked)
+        constants |= tile
+    return constants, warps, stages
+
+
+def is_single_pass(a, causal: bool) -> bool:
+    """Whether one launch does the backward: dq of all queries of a head must fit the registers of a program."""
+    columns = max(16, next_power_of_2(a.q[0].shape[3])) * sum(cdiv(L, 64) for L in lengths(a))
+    return columns <= 96 and spec(a.v[0]).dtype == "bfloat16" and a.attn_mask is None and not causal
+
+
 def attention_backward(run, a, outs, residuals, douts, *, precision: str, wide: bool = False, **static):
     """dq, dk, dv of every stream, from what attention_forward returned; wide: dq and dk in float32, for an op that goes on."""
-    B, _, H, d = a.q[0].shape
     n = len(a.q)
     o, do, dlse, lse, anys = outs[:n], douts[:n], douts[n:], residuals[:n], residuals[n:]
-    delta = tuple(run(delta_plan(log_specs(a), d, bool(dlse), is_exact(a, precision)), *o, *do, *lse, *(dlse or lse)))
-    inputs = (*a.q, *a.k, *a.v, *mask_inputs(a, anys), *do, *lse)
     static |= dict(precision=precision, GRADIENT_SCALE=static["scale"])
-    kind = lambda x: "float32" if wide else spec(x).dtype
-    constants, warps, stages = meta(a, "dq", **static)
-    exact = log_specs(a) if is_exact(a, precision) else (UNUSED,) * n
-    outs = tuple(Spec(tuple(x.shape), kind(x)) for x in a.q) + exact
+    like = lambda xs: tuple(Spec(tuple(q.shape), "float32" if wide else spec(x).dtype) for q, x in zip(a.q, xs, strict=True))
+    gradients = like(a.q), like(a.k), o_specs(a)
+    if is_single_pass(a, static["causal"]):
+        return single_pass(run, a, o, do, lse, dlse, gradients, static)
+    return two_passes(run, a, mask_inputs(a, anys), o, do, lse, dlse, gradients, static)
+
+
+def single_pass(run, a, o, do, lse, dlse, gradients, static):
+    B, _, H, d = a.q[0].shape
+    n = len(a.q)
+    constants, warps, stages = backward_meta(a, "single", SHIFTED=bool(dlse), **static)
+    constants = {name: x for name, x in constants.items() if name not in ("CAUSAL", "MASKED", "PRECISION", "EXACT")}
+    constants |= {f"BLOCK{i}": cdiv(L, constants["QUERIES"]) for i, L in enumerate(lengths(a))}
+    constants["WIDE"] = next_power_of_2(d + 3)
+    outs = tuple(x for grads in gradients for x in grads)
+    p = plan(joint_attention_bwd_body, lengths(a), B * H, None, outs, tuple(constants.items()), warps, stages)
+    results = tuple(run(p, *a.q, *a.k, *a.v, *key_mask_inputs(a), *o, *do, *lse, *(dlse or lse)))
+    return results[:n], results[n : 2 * n], results[2 * n :]
+
+
+def two_passes(run, a, masks, o, do, lse, dlse, gradients, static):
+    B, _, H, d = a.q[0].shape
+    n = len(a.q)
+    exact = is_exact(a, static["precision"])
+    statistics = log_specs(a) if exact else statistics_specs(a)
+    delta = tuple(run(delta_plan(lengths(a), statistics, H, d, bool(dlse), exact), *o, *do, *lse, *(dlse or lse)))
+    inputs = (*a.q, *a.k, *a.v, *masks, *do, *lse)
+    dq, dk, dv = gradients
+    constants, warps, stages = backward_meta(a, "dq", **static)
+    outs = dq + (statistics if exact else (UNUSED,) * n)
     p = plan(joint_attention_bwd_dq_body, lengths(a), B * H, constants["QUERIES"], outs, tuple(constants.items()), warps, stages)
     results = tuple(run(p, *inputs, *delta))
-    dq, delta = results[:n], results[n:] if is_exact(a, precision) else delta
-    constants, warps, stages = meta(a, "dkdv", **static)
-    outs = tuple(Spec(tuple(x.shape), kind(x)) for x in a.k) + tuple(Spec(tuple(x.shape), spec(a.v[0]).dtype) for x in a.k)
+    dq, delta = results[:n], results[n:] if exact else delta
+    constants, warps, stages = backward_meta(a, "dkdv", **static)
+    outs = dk + dv
     p = plan(joint_attention_bwd_dkdv_body, lengths(a), B * H, constants["KEYS"], outs, tuple(constants.items()), warps, stages)
     dkdv = tuple(run(p, *inputs, *delta))
     return dq, dkdv[:n], dkdv[n:]
