@@ -346,6 +346,7 @@ def joint_attention_cases():
     yield case("everything", everything, dict(return_lse=True, causal=True, scale=0.3))
     yield case("lse", heads(2, 2, 32, 70), dict(return_lse=True))
     yield case("float32-qk", heads(2, 2, 16, 37, 5, qk=dict(dtype="float32")))
+    yield case("negative-scale", heads(1, 2, 16, 37), dict(scale=-0.3))
     huge = heads(1, 1, 32, 70, 37)
     yield case("huge-logits", huge | dict(k=tuple(leaf._replace(mean=60.0) for leaf in huge["k"])))
     # Sums of exponentials beyond what a float32 or the gate of the unshifted softmax holds, both ways, in some rows or all.

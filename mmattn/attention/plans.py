@@ -226,10 +226,12 @@ def backward_meta(a, kind: str, **static) -> tuple[dict, int, int]:
     return constants, warps, stages
 
 
-def is_single_pass(a, causal: bool) -> bool:
-    """Whether one launch does the backward: dq of all queries of a head must fit the registers of a program."""
+def is_single_pass(a, causal: bool, scale: float) -> bool:
+    """Whether one launch does the backward: dq of all queries of a head must fit the registers of a program. It divides by
+    the scale."""
     columns = max(16, next_power_of_2(a.q[0].shape[3])) * sum(cdiv(L, 64) for L in lengths(a))
-    return columns <= 96 and spec(a.v[0]).dtype == "bfloat16" and a.attn_mask is None and not causal
+    plain = a.attn_mask is None and not causal and scale > 1e-6
+    return columns <= 96 and spec(a.v[0]).dtype == "bfloat16" and plain
 
 
 def attention_backward(run, a, outs, residuals, douts, *, precision: str, wide: bool = False, **static):
@@ -239,7 +241,7 @@ def attention_backward(run, a, outs, residuals, douts, *, precision: str, wide: 
     static |= dict(precision=precision, GRADIENT_SCALE=static["scale"])
     like = lambda xs: tuple(Spec(tuple(q.shape), "float32" if wide else spec(x).dtype) for q, x in zip(a.q, xs, strict=True))
     gradients = like(a.q), like(a.k), o_specs(a)
-    if is_single_pass(a, static["causal"]):
+    if is_single_pass(a, static["causal"], static["scale"]):
         return single_pass(run, a, o, do, lse, dlse, gradients, static)
     return two_passes(run, a, mask_inputs(a, anys), o, do, lse, dlse, gradients, static)
 
