@@ -69,9 +69,15 @@ class Form:
         return tuple((k, v) for k, v in (self.meta | self.sums | dict(FINAL=self.final)).items() if k in kernel.arg_names)
 
 
+def variant(meta: tuple, center: bool) -> str | None:
+    """What a config was measured for."""
+    own = {"token", "index"} & {kind for _, kind in meta if isinstance(kind, str)}
+    return None if own else "layer" if center else "rms"
+
+
 @cache
 def fwd_plan(target: Target, x: Spec, samples: int, tokens: int, G: int, lines: int, meta: tuple, eps: float, center: bool):
-    c = config("adaln_fwd", x)
+    c = config("adaln_fwd", variant(meta, center), x, target)
     chunks, blocks = split(target, samples, cdiv(tokens, c.rows), c.per_sm)
     return Plan(
         adaln_fwd_kernel,
@@ -89,7 +95,7 @@ def bwd_plan(
 ) -> Plan:
     """vectors: gradients of scale and shift. A launch that leaves one to the second kernel has an output of its dtype anyway,
     so that one compiled kernel serves every number of chunks."""
-    c, D = config("adaln_bwd", x), x.shape[2]
+    c, D = config("adaln_bwd", variant(meta, center), x, target), x.shape[2]
     chunks, blocks = split(target, samples * lines, cdiv(tokens, c.rows), c.per_sm)
     flags = dict(meta)
     final = flags["FINAL"] and chunks == 1
