@@ -174,13 +174,13 @@ SUM_ROWS, SUM_COLS, SUM_WARPS = 16, 32, 4  # of the kernels that add chunks up
 
 def config(kernel: str, variant: str | None, x: Spec, target: Target) -> Config:
     """The measured config of a kernel for rows as wide as x's, else the rule that most measured ones follow: 16 elements a
-    thread of a backward kernel or a very wide row, else 32, and 16 warps an SM. Fewer stages where they would not fit shared memory.
+    thread of a backward kernel and 32 of another, 16 warps an SM. Fewer stages where they would not fit shared memory.
 
     Modulation per token takes the rule (variant None): it needs more registers than what was measured.
     """
     cols = next_power_of_2(x.shape[-1])
     rows = max(1, 2048 // cols)
-    warps = max(1, min(32, rows * cols // (512 if kernel.endswith("bwd") or cols > 8192 else 1024)))
+    warps = max(1, min(32, rows * cols // (512 if kernel.endswith("bwd") else 1024)))
     c = TUNED.get((kernel, variant, cols)) or Config(rows, warps, 3, max(1, 16 // warps))
     stage = STREAMS[kernel] * c.rows * cols * (4 if x.dtype == "float32" else 2)
     return c._replace(stages=max(1, min(c.stages, 1 + (target.shared - UNSTAGED_BYTES) // stage)))

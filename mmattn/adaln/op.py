@@ -182,12 +182,10 @@ def norm(xp, x, *, eps, center):
     return x / xp.sqrt(xp.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
-def selected(xp, table, index, samples: int):
-    """Row index[b, l] of a sample's table (B, R, D), of a group's (G, R, D), or of the one table (R, D)."""
-    table = table[None] if len(table.shape) == 2 else table
-    G, R, D = table.shape
-    table = xp.broadcast_to(table[:, None], (G, samples // G, R, D)).reshape(samples * R, D)
-    return table[index + like(xp, R * xp.arange(samples), index)[:, None]]
+def selected(xp, table, index):
+    """Row index[b, l] of each sample's table (B, R, D)."""
+    B, R, D = table.shape
+    return table.reshape(B * R, D)[index + like(xp, R * xp.arange(B), index)[:, None]]
 
 
 def modulation(xp, a, name: str, row: int | None):
@@ -195,11 +193,15 @@ def modulation(xp, a, name: str, row: int | None):
     v, table, base = (getattr(a, name + suffix) for suffix in ("", "_table", "_base"))
     samples = a.x.shape[0]
     m = 0 if base is None else per_group(xp, base, samples)
-    table = v if a.rows is not None and table is None else table
+    if table is not None and len(table.shape) == 2:
+        return m + wide(table[a.rows])
     if table is not None:
-        return m + wide(selected(xp, table, a.rows, samples))
+        G, R, D = table.shape
+        v = xp.broadcast_to(table[:, None], (G, samples // G, R, D)).reshape(samples, R, D)
     if v is None:
         return m
+    if a.rows is not None:
+        return m + wide(selected(xp, v, a.rows))
     return m + (wide(v) if kind(a, v, row) == "token" else per_sample(v, row))
 
 
