@@ -27,7 +27,7 @@ POINTERS = dict(float32="*fp32", float16="*fp16", bfloat16="*bf16", int32="*i32"
 # Registers are a Triton version's: they are held to what was measured with this one. With others sm_90's code must compile.
 MEASURED = triton.__version__.startswith("3.7.")
 # Bytes of registers that a kernel's worst config may spill, by architecture; nothing elsewhere. Rounded up from what was
-# measured. sm_90 has one entry: a whole row of 16384 and its sums do not fit the registers of one program.
+# measured. sm_90 has entries for rows of 16384, which with their vectors and sums do not fit the registers of one program.
 SPILLS = {
     80: dict(
         joint_attention_fwd=512,
@@ -36,14 +36,18 @@ SPILLS = {
         linear_attention_bwd=256,
         linear_attention_bwd_state=384,
         adaln_bwd=384,
+        gated_residual_norm_adaln_bwd=704,
+        gated_residual_norm_adaln_fwd=192,
     ),
-    90: dict(adaln_bwd=384),
+    90: dict(adaln_bwd=256, gated_residual_norm_adaln_bwd=704, gated_residual_norm_adaln_fwd=192),
     100: dict(
         joint_attention_fwd=128,
         linear_attention_fwd=64,
         linear_attention_state=64,
         linear_attention_bwd_state=64,
         adaln_bwd=384,
+        gated_residual_norm_adaln_bwd=704,
+        gated_residual_norm_adaln_fwd=192,
     ),
 }
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
