@@ -9,8 +9,13 @@ One block of the seed, for the token stream x and, where the module has one, the
 
 Without conditioning LN has a weight and a bias of its own, s = b = 0 and g = 1.
 
+Each gated residual and the norm behind it, Attention's last RMSNorm included, are one operation. So that this holds from one
+block to the next too, a stack hands its blocks an Unadded stream, and gets one back: what the MLP says is added by the
+operation that begins the next block.
+
 Padding (x_mask, context_mask; True = token) is silent both ways: it enters and leaves every module as 0, so whatever it
-holds, NaN included, reaches no output, and no gradient comes back through it.
+holds, NaN included, reaches no output, and no gradient comes back through it. Within a block, or a stack, the padding's own
+rows are finite and nobody reads them: attention hears no masked token, and all else works on one token at a time.
 
 What `ops` has besides the public operations:
     rows(v, n)                n row vectors per sample of v (B, n * D) or (B, 1, n * D), read in place
@@ -39,11 +44,21 @@ class AttentionOutput(NamedTuple):
     context_out: Any = None
 
 
+class Unadded(NamedTuple):
+    """A stream within a stack, x + gate * h, not yet added up; h is None at the start."""
+
+    x: Any
+    h: Any = None
+    gate: Any = None
+
+
 def head_width(name: str, dim: int, num_head: int, dim_head: int | None) -> int:
     """Width of one head, checked."""
     check.width(name, "dim", dim)
+    if not isinstance(num_head, int) or num_head < 1:
+        raise ValueError(f"{name}: the number of heads is {num_head!r}; expected an int, at least 1. The seed has 4.")
     if dim_head is None:
-        if num_head < 1 or dim % num_head:
+        if dim % num_head:
             raise ValueError(
                 f"{name}: dim = {dim} is not divisible by num_head = {num_head}. Choose num_head to divide it, or give dim_head."
             )
@@ -67,11 +82,22 @@ def check_block(name: str, dropout: float, conditioning: bool, use_cross_attn: b
 
 def attention(ops, m, x, context=None, attn_mask=None, start_pos=None, x_mask=None, context_mask=None) -> AttentionOutput:
     """Joint attention of one or two streams, with QK-RMSNorm over the full width and RoPE on the tokens only."""
-    name = type(m).__name__
-    streams, masks = checked_streams(name, m, x, context, x_mask, context_mask, m.use_context)
+    streams, masks = checked_streams(type(m).__name__, m, x, context, x_mask, context_mask, m.use_context)
+    outs = projected(ops, m, streams, masks, attn_mask, start_pos)
+    return AttentionOutput(
+        *(silent(ops, getattr(m, prefix + "to_out")[1](o), mask) for prefix, o, mask in zip(PREFIXES, outs, masks, strict=False))
+    )
+
+
+PREFIXES = ("", "c_")  # of the layers of tokens and context
+
+
+def projected(ops, m, streams, masks, attn_mask, start_pos):
+    """What attention says to each stream, before its last RMSNorm."""
+    name, x = type(m).__name__, streams[0]
     attn_mask = boolean_mask(name, attn_mask, x)
     n, inner = len(streams), m.num_head * m.dim_head
-    prefixes = ("", "c_")[:n]
+    prefixes = PREFIXES[:n]
 
     qkv = tuple(
         getattr(m, prefix + "to_qkv")(silent(ops, s, mask)).reshape(*s.shape[:2], 3, m.num_head, m.dim_head)
@@ -91,12 +117,7 @@ def attention(ops, m, x, context=None, attn_mask=None, start_pos=None, x_mask=No
         outs = linear_attention(ops, qkv, qk, attn_mask, masks)
     else:
         outs = ops.qk_norm_rope_attention(qkv, **qk, attn_mask=attn_mask, key_masks=masks)
-    return AttentionOutput(
-        *(
-            silent(ops, getattr(m, prefix + "to_out")(o.reshape(*o.shape[:2], inner)), mask)
-            for prefix, o, mask in zip(prefixes, outs, masks, strict=True)
-        )
-    )
+    return [getattr(m, prefix + "to_out")[0](o.reshape(*o.shape[:2], inner)) for prefix, o in zip(prefixes, outs, strict=True)]
 
 
 def linear_attention(ops, qkv, qk, attn_mask, masks):
@@ -112,30 +133,39 @@ def linear_attention(ops, qkv, qk, attn_mask, masks):
 
 def block(ops, m, x, y=None, attn_mask=None, context=None, start_pos=None, x_mask=None, context_mask=None) -> AttentionOutput:
     name = type(m).__name__
+    within_stack = isinstance(x, Unadded)
+    given = [s if isinstance(s, Unadded) else Unadded(s) for s in (x, context)]
+    x, context = (s.x for s in given)
     streams, masks = checked_streams(name, m, x, context, x_mask, context_mask, m.use_cross_attn)
     check_inputs(name, m, x, y, context)
-    layers = (m, m.context_layers) if m.use_cross_attn else (m,)
+    layers, attn = ((m, m.context_layers), m.cross_attn) if m.use_cross_attn else ((m,), m.attn)
     modulations = [modulation(ops, layer, y, x) for layer in layers]
+    to_out = [getattr(attn, prefix + "to_out")[1] for prefix, _ in zip(PREFIXES, layers, strict=False)]
 
-    streams = [silent(ops, s, mask) for s, mask in zip(streams, masks, strict=True)]
-    h = [norm(ops, s, layer.ln_1, rows) for s, layer, (rows, _) in zip(streams, layers, modulations, strict=True)]
-    if m.use_cross_attn:
-        h = m.cross_attn(*h, attn_mask, start_pos, x_mask=x_mask, context_mask=context_mask)
-    else:
-        h = m.attn(*h, attn_mask, start_pos, x_mask=x_mask)
-    streams = [add(ops, s, branch, rows) for s, branch, (rows, _) in zip(streams, h, modulations, strict=False)]
-    streams = [
-        add(ops, s, layer.mlp(norm(ops, s, layer.ln_2, rows)), rows)
-        for s, layer, (_, rows) in zip(streams, layers, modulations, strict=True)
+    streams = [Unadded(silent(ops, s.x, mask)) if s.h is None else s for s, mask in zip(given, masks, strict=False)]
+    first = [add_norm(ops, *s, layer.ln_1, rows) for s, layer, (rows, _) in zip(streams, layers, modulations, strict=True)]
+    h = projected(ops, attn, [n for _, n in first], masks, attn_mask, start_pos)
+    second = [
+        add_norm(ops, s, branch, gate_of(rows), layer.ln_2, mlp_rows, post)
+        for (s, _), branch, layer, (rows, mlp_rows), post in zip(first, h, layers, modulations, to_out, strict=True)
     ]
-    return AttentionOutput(*(silent(ops, s, mask) for s, mask in zip(streams, masks, strict=True)))
+    streams = [
+        Unadded(s, layer.mlp(n), gate_of(rows)) for (s, n), layer, (_, rows) in zip(second, layers, modulations, strict=True)
+    ]
+    return AttentionOutput(*(streams if within_stack else finished(ops, streams, masks)))
 
 
 def stack(ops, m, x, y=None, attn_mask=None, context=None, start_pos=None, x_mask=None, context_mask=None) -> AttentionOutput:
-    out = AttentionOutput(x, context)
+    streams = (Unadded(x), None if context is None else Unadded(context))
     for layer in m.layers:
-        out = layer(out.x_out, y, attn_mask, out.context_out, start_pos, x_mask=x_mask, context_mask=context_mask)
-    return out
+        streams = layer(streams[0], y, attn_mask, streams[1], start_pos, x_mask=x_mask, context_mask=context_mask)
+    streams = [s for s in streams if s is not None]
+    return AttentionOutput(*finished(ops, streams, (x_mask, context_mask)[: len(streams)]))
+
+
+def finished(ops, streams, masks):
+    """The streams added up, their padding 0."""
+    return [silent(ops, add(ops, *s), mask) for s, mask in zip(streams, masks, strict=True)]
 
 
 def modulation(ops, layers, y, x):
@@ -149,17 +179,26 @@ def modulation(ops, layers, y, x):
     return rows[:3], rows[3:]
 
 
-def norm(ops, x, layer_norm, rows):
-    if rows is None:
-        return layer_norm(x)
-    scale, shift, _ = rows
-    return ops.layernorm_adaln(x, scale, shift, eps=LAYER_NORM_EPS)
+def gate_of(rows):
+    return None if rows is None else rows[2]
 
 
-def add(ops, x, h, rows):
-    """x plus a branch, in x's dtype."""
+def add_norm(ops, x, h, gate, layer_norm, rows, post=None):
+    """x + gate * h and its norm, modulated by `rows` or with weights of its own; post is the RMSNorm of h, if it has one."""
+    if h is not None and gate is not None and rows is not None:
+        h_weight = None if post is None else ops.vector(post.weight)
+        norm = dict(eps=LAYER_NORM_EPS, h_weight=h_weight, h_eps=RMS_NORM_EPS)
+        return ops.gated_residual_norm_adaln(x, cast(h, dtype_name(x)), gate, *rows[:2], **norm)
+    x = add(ops, x, h if post is None else post(h), gate)
+    return x, layer_norm(x) if rows is None else ops.layernorm_adaln(x, *rows[:2], eps=LAYER_NORM_EPS)
+
+
+def add(ops, x, h, gate):
+    """x plus a branch, if there is one, in x's dtype."""
+    if h is None:
+        return x
     h = cast(h, dtype_name(x))
-    return x + h if rows is None else ops.gated_residual(x, h, rows[2])
+    return x + h if gate is None else ops.gated_residual(x, h, gate)
 
 
 def silent(ops, x, mask):
@@ -181,12 +220,15 @@ def positions(ops, m, x, start_pos):
     name, tokens, limit = type(m).__name__, x.shape[1], m.max_seq_len
     if tokens > limit:
         raise ValueError(
-            f"{name}: x has {tokens} tokens; expected at most max_seq_len = {limit}. Build the attention with a larger one."
+            f"{name}: x has {tokens} tokens; expected at most max_seq_len = {limit}. Build the attention with a larger one; "
+            "that of a GPT2Block has the default."
         )
     if start_pos is None:
         return None
     if not isinstance(start_pos, int):
-        check.shape(name, "start_pos", start_pos, ("B", (x.shape[0],)), remedy="Give an int, or one start position per sample.")
+        check.shape(
+            name, "start_pos", start_pos, ("B", (x.shape[0],)), ("", ()), remedy="Give an int, or one start position per sample."
+        )
     check.positions(name, ops.extent(start_pos), tokens, limit)
     return ops.per_sample(start_pos, x)
 
@@ -203,6 +245,7 @@ def checked_streams(name: str, m, x, context, x_mask, context_mask, has_context:
     streams, masks = ((x,), (x_mask,)) if context is None else ((x, context), (x_mask, context_mask))
     for label, s, mask in zip(("x", "context"), streams, masks, strict=False):
         check.rank(name, label, s, "B, L, D", f"Reshape {label} to batch, tokens, width.")
+        check.floating(name, label, s)
         want = (x.shape[0], s.shape[1], m.dim)
         check.shape(name, label, s, ("B, L, D", want), remedy="The module's width is dim, and all streams share the batch.")
         if mask is not None:

@@ -17,7 +17,7 @@ from functools import cache
 
 from . import check
 from ._triton import tl, triton
-from .op import Call, Op, Plan, Spec, Target, cast, cdiv, groups, next_power_of_2, spec, wide
+from .op import Call, Op, Plan, Spec, Target, cast, cdiv, groups, like, next_power_of_2, spec, wide
 from .rows import sum_pair_plan
 
 
@@ -372,11 +372,6 @@ def rotate(xp, x, cos, sin, start_pos, layout: str):
         return xp.stack([a * c - b * s, a * s + b * c], axis=-1).reshape(x.shape)
     a, b = x[..., : d // 2], x[..., d // 2 :]
     return xp.concatenate([a * c - b * s, a * s + b * c], axis=-1)
-
-
-def like(xp, x, y):
-    """x on y's device (torch creates on the CPU by default)."""
-    return x.to(y.device) if hasattr(x, "to") and hasattr(y, "is_cuda") else x
 
 
 def norm_reference(xp, x, weight, cos, sin, start_pos, *, over: str, eps: float, layout: str):

@@ -11,7 +11,7 @@ from functools import cache
 from . import check
 from ._triton import tl, triton
 from .op import Call, Op, Plan, Row, Spec, Target, cast, cdiv, row_stride, spec, wide
-from .rows import gradient_spec, load_vector, per_sample, split, sum_chunks_plan, tile, warps
+from .rows import config, gradient_spec, load_vector, per_sample, split, sum_chunks_plan, tile
 
 
 @triton.jit(do_not_specialize=["TOKENS"])
@@ -82,29 +82,29 @@ def gate_meta(gate, row: int | None) -> tuple[int, int]:
 @cache
 def fwd_plan(x: Spec, stride: int, at: int) -> Plan:
     B, L, D = x.shape
-    t = tile(D)
+    c = config("gated_residual_fwd", x)
     return Plan(
         gated_residual_fwd_kernel,
-        grid=(B * cdiv(L, t["ROWS"]),),
+        grid=(B * cdiv(L, c.rows),),
         outs=(x,),
         ints=dict(TOKENS=L),
-        meta=dict(WIDTH=D, GATE_STRIDE=stride, GATE_AT=at, **t),
-        warps=warps(t),
+        meta=dict(WIDTH=D, GATE_STRIDE=stride, GATE_AT=at, **tile(D, c)),
+        warps=c.warps,
     )
 
 
 @cache
 def bwd_plan(target: Target, x: Spec, stride: int, at: int) -> Plan:
     B, L, D = x.shape
-    t = tile(D)
-    chunks, blocks = split(target, B, cdiv(L, t["ROWS"]))
+    c = config("gated_residual_bwd", x)
+    chunks, blocks = split(target, B, cdiv(L, c.rows), c.per_sm)
     return Plan(
         gated_residual_bwd_kernel,
         grid=(B * chunks,),
         outs=(x, Spec((B, chunks, D), "float32")),
         ints=dict(TOKENS=L, CHUNKS=chunks, BLOCKS=blocks),
-        meta=dict(WIDTH=D, GATE_STRIDE=stride, GATE_AT=at, **t),
-        warps=warps(t),
+        meta=dict(WIDTH=D, GATE_STRIDE=stride, GATE_AT=at, **tile(D, c)),
+        warps=c.warps,
     )
 
 

@@ -1,8 +1,14 @@
-"""What the rooms that work on whole rows of tokens share: tiles, vectors of one sample, sums over tokens."""
+"""What the rooms of the norm family share: tiles of whole rows, norms of them, and sums over tokens in a fixed order.
+
+A program of a backward kernel walks one chunk of one sample's tokens and keeps the sums of its columns in registers; it
+writes them once, as partial sums, and a small second kernel adds the chunks up. Where a sample is one chunk there is nothing
+to add, and the first kernel writes the gradient itself.
+"""
 
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 from ._triton import tl, triton
 from .op import Plan, Spec, Target, cdiv, next_power_of_2, spec, wide
@@ -15,6 +21,57 @@ def load_vector(ptr, at, cols, WIDTH: tl.constexpr, PRESENT: tl.constexpr, ABSEN
         return tl.load(ptr + at + cols, mask=cols < WIDTH, other=0.0).to(tl.float32)
     else:
         return tl.full(cols.shape, ABSENT, tl.float32)
+
+
+@triton.jit
+def load_tile(ptr, at, inside):
+    return tl.load(ptr + at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def row_sums(a, b):
+    """The row sums of two tiles [ROWS, COLS], taken together: one exchange between warps instead of two."""
+    return tl.split(tl.sum(tl.join(a, b), 1))
+
+
+@triton.jit
+def reciprocal_root(mean_square, EPS: tl.constexpr):
+    """rstd; finite where a row outside of the tile is 0 and so is EPS."""
+    return tl.rsqrt(tl.maximum(mean_square + EPS, 1e-37))
+
+
+@triton.jit
+def normalize(x, inside, WIDTH: tl.constexpr, EPS: tl.constexpr, CENTER: tl.constexpr):
+    """norm(x) of the rows of a float32 tile [ROWS, COLS] that is 0 outside, and rstd [ROWS]."""
+    if CENTER:
+        mean = tl.sum(x, 1) * (1.0 / WIDTH)
+        x = tl.where(inside, x - mean[:, None], 0.0)
+    rstd = reciprocal_root(tl.sum(x * x, 1) * (1.0 / WIDTH), EPS)
+    return x * rstd[:, None], rstd
+
+
+@triton.jit
+def norm_backward(x, g, inside, WIDTH: tl.constexpr, EPS: tl.constexpr, CENTER: tl.constexpr):
+    """n = norm(x) and dx for the gradient g of n: dx = rstd * (g - [center] mean(g) - n * mean(g * n)).
+
+    mean(g * n) is rstd * mean(g * x), so the sums need not wait for rstd. Both tiles are 0 outside.
+    """
+    if CENTER:
+        sum_x, sum_g = row_sums(x, g)
+        x = tl.where(inside, x - (sum_x * (1.0 / WIDTH))[:, None], 0.0)
+    squares, products = row_sums(x * x, g * x)
+    rstd = reciprocal_root(squares * (1.0 / WIDTH), EPS)
+    n = x * rstd[:, None]
+    dx = tl.fma(-n, tl.broadcast_to((products * rstd * (1.0 / WIDTH))[:, None], g.shape), g)
+    if CENTER:
+        dx -= (sum_g * (1.0 / WIDTH))[:, None]
+    return n, dx * rstd[:, None]
+
+
+@triton.jit
+def store_sums(part_ptr, line, sums, cols, WIDTH: tl.constexpr):
+    """Row `line` of the partial sums (or of the gradient itself): the sum over the rows of a tile [ROWS, COLS]."""
+    tl.store(part_ptr + line * WIDTH + cols, tl.sum(sums, 0).to(part_ptr.dtype.element_ty), mask=cols < WIDTH)
 
 
 @triton.jit
@@ -65,27 +122,76 @@ def sum_pair_kernel(
         sum_chunks(b_ptr, b_out_ptr, n, cols, CHUNKS, WIDTH, ROWS, COLS)
 
 
-def tile(width: int) -> dict[str, int]:
-    """Whole rows in registers: about 4096 elements a program, so that narrow rows share one."""
+class Config(NamedTuple):
+    """How a kernel of whole rows is launched: rows in a tile, warps, stages of its loads, programs that share the GPU's SMs."""
+
+    rows: int
+    warps: int
+    stages: int = 1
+    per_sm: int = 4
+
+
+TUNED: dict[tuple[str, int], Config] = {  # (kernel, width rounded up to a power of two), measured on an H200 in bfloat16
+    ("adaln_bwd", 128): Config(8, 2, 3, 4),
+    ("adaln_bwd", 2048): Config(1, 2, 3, 4),
+    ("adaln_bwd", 4096): Config(1, 4, 3, 2),
+    ("gated_residual_norm_adaln_bwd", 128): Config(8, 2, 3, 4),
+    ("gated_residual_norm_adaln_bwd", 2048): Config(1, 4, 3, 2),
+    ("gated_residual_norm_adaln_bwd", 4096): Config(1, 8, 3, 2),
+}
+STREAMS = dict(  # arrays of tokens that a kernel reads, of which staged loads keep tiles in shared memory
+    adaln_fwd=1,
+    adaln_bwd=2,
+    gated_residual_fwd=2,
+    gated_residual_bwd=2,
+    gated_residual_norm_adaln_fwd=2,
+    gated_residual_norm_adaln_bwd=4,
+)
+STAGED_BYTES = 96 * 1024  # two programs fit an SM of an A100
+SUM_ROWS, SUM_COLS, SUM_WARPS = 16, 32, 4  # of the kernels that add chunks up
+
+
+def config(kernel: str, x: Spec) -> Config:
+    """The measured config of a kernel for rows as wide as x's, else the rule that most measured ones follow: 16 elements a
+    thread of a backward kernel and 32 of another, 16 warps an SM. Fewer stages where they would not fit shared memory."""
+    cols = next_power_of_2(x.shape[-1])
+    rows = max(1, 2048 // cols)
+    warps = max(1, min(32, rows * cols // (512 if kernel.endswith("bwd") else 1024)))
+    c = TUNED.get((kernel, cols)) or Config(rows, warps, 3, max(1, 16 // warps))
+    stage = STREAMS[kernel] * c.rows * cols * (4 if x.dtype == "float32" else 2)
+    return c._replace(stages=min(c.stages, 1 + STAGED_BYTES // stage))
+
+
+def configs(kernel: str, width: int) -> list[Config]:
+    """What tuning should try: 8 to 64 elements a thread, staged loads, 8 to 32 warps an SM."""
     cols = next_power_of_2(width)
-    return dict(ROWS=max(1, 4096 // cols), COLS=cols)
+    rows = {max(1, size // cols) for size in (1024, 2048, 4096, 8192)}
+    tiles = [(r, w) for r in sorted(rows) for w in (1, 2, 4, 8, 16) if 8 <= r * cols // (32 * w) <= 64]
+    return [
+        Config(r, w, stages, n) for r, w in tiles for stages in (1, 3, 4) for n in sorted({max(1, k // w) for k in (8, 16, 32)})
+    ]
 
 
-def warps(t: dict[str, int]) -> int:
-    """32 elements a thread, at most 16 warps."""
-    return max(1, min(16, t["ROWS"] * t["COLS"] // 1024))
+def tile(width: int, config: Config) -> dict[str, int]:
+    return dict(ROWS=config.rows, COLS=next_power_of_2(width))
 
 
-def split(target: Target, samples: int, blocks: int) -> tuple[int, int]:
-    """Chunks per sample and blocks per chunk: programs to fill the GPU four times over, and no more partial sums than that."""
+def split(target: Target, samples: int, blocks: int, per_sm: int) -> tuple[int, int]:
+    """Chunks per sample and blocks per chunk: `per_sm` programs for every SM, and no more partial sums than that."""
     blocks = max(1, blocks)  # sums over no token are written too: zeros
-    per_chunk = cdiv(blocks, min(blocks, cdiv(4 * target.sms, max(1, samples))))
+    per_chunk = cdiv(blocks, min(blocks, cdiv(per_sm * target.sms, max(1, samples))))
     return cdiv(blocks, per_chunk), per_chunk
 
 
 def sum_tile(width: int) -> dict[str, int]:
-    """Many chunks and few columns a program, since a sum over chunks has few columns to share out."""
-    return dict(ROWS=64, COLS=min(32, next_power_of_2(width)))
+    """Few columns a program, since a sum over chunks has few columns to share out."""
+    return dict(ROWS=SUM_ROWS, COLS=min(SUM_COLS, next_power_of_2(width)))
+
+
+def shared_sum_tile(width: int, sums: int) -> dict[str, int]:
+    """The same, and how many partial sums at once are added up to the gradient of a vector that all samples share: many, as a
+    thousand short samples are a thousand partial sums, and few programs add them."""
+    return dict(**sum_tile(width), SHARED_ROWS=256 if sums == 1 else 64)
 
 
 @cache
@@ -93,7 +199,12 @@ def sum_chunks_plan(part: Spec, out: Spec) -> Plan:
     N, chunks, D = part.shape
     t = sum_tile(D)
     return Plan(
-        sum_chunks_kernel, grid=(N * cdiv(D, t["COLS"]),), outs=(out,), ints=dict(CHUNKS=chunks), meta=dict(WIDTH=D, **t), warps=4
+        sum_chunks_kernel,
+        grid=(N * cdiv(D, t["COLS"]),),
+        outs=(out,),
+        ints=dict(CHUNKS=chunks),
+        meta=dict(WIDTH=D, **t),
+        warps=SUM_WARPS,
     )
 
 
@@ -107,7 +218,7 @@ def sum_pair_plan(part: Spec, a: Spec, b: Spec) -> Plan:
         outs=(a, b),
         ints=dict(CHUNKS=chunks),
         meta=dict(WIDTH=D, **t),
-        warps=4,
+        warps=SUM_WARPS,
     )
 
 

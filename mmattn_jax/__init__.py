@@ -11,6 +11,7 @@ from .convert import from_torch, load_safetensors, save_safetensors, to_torch
 from .ops import (
     explain,
     gated_residual,
+    gated_residual_norm_adaln,
     joint_attention,
     layer_norm,
     layernorm_adaln,
@@ -30,6 +31,7 @@ __all__ = [
     "explain",
     "from_torch",
     "gated_residual",
+    "gated_residual_norm_adaln",
     "implementation",
     "joint_attention",
     "layer_norm",

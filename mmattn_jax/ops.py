@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 import mmattn
-from mmattn import Row
+from mmattn import Row, check
 from mmattn.choice import Explanation, decide
 from mmattn.op import Call, flatten
 
@@ -20,6 +20,7 @@ from ._choice import Implementation, current
 F = TypeVar("F", bound=Callable)
 Vector = ArrayLike | Row
 Streams = ArrayLike | tuple[ArrayLike, ...]
+Cast = Literal["after_weight", "before_weight", "none"]
 OptionalStreams = ArrayLike | tuple[ArrayLike | None, ...] | None
 ArrayStreams = jax.Array | tuple[jax.Array, ...]
 
@@ -39,7 +40,7 @@ def checked(name: str, args, kwargs) -> Call:
     """The Call of mmattn's function. NumPy arrays take JAX's dtypes but stay NumPy's, so that their values can be checked."""
     as_jax = lambda x: x.astype(jax.dtypes.canonicalize_dtype(x.dtype)) if isinstance(x, np.ndarray) else x
     args, kwargs = jax.tree.map(as_jax, (args, kwargs))
-    return getattr(mmattn, name)(*args, **kwargs)
+    return getattr(mmattn, name)(*args, **kwargs)._replace(name=name)
 
 
 def extent(start_pos) -> tuple[int, int] | None:
@@ -47,6 +48,8 @@ def extent(start_pos) -> tuple[int, int] | None:
     if isinstance(start_pos, int):
         return start_pos, start_pos
     if not hasattr(start_pos, "shape") or 0 in start_pos.shape or isinstance(start_pos, jax.core.Tracer):
+        return None
+    if "int" not in str(start_pos.dtype):  # which is refused in other words
         return None
     if isinstance(start_pos, jax.Array) and any(d.platform != "cpu" for d in start_pos.devices()):
         return None
@@ -68,10 +71,19 @@ def layernorm_adaln(
     scale: Vector | None = None,
     shift: Vector | None = None,
     *,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    rows: ArrayLike | None = None,
+    scale_base: ArrayLike | None = None,
+    shift_base: ArrayLike | None = None,
     eps: float = 1e-6,
+    zero_centered: bool = False,
+    cast: Cast = "after_weight",
     implementation: Implementation | None = None,
 ) -> jax.Array:
-    return call("layernorm_adaln", x, scale, shift, eps=eps, implementation=implementation)
+    vectors = dict(weight=weight, bias=bias, rows=rows, scale_base=scale_base, shift_base=shift_base)
+    how = dict(eps=eps, zero_centered=zero_centered, cast=cast, implementation=implementation)
+    return call("layernorm_adaln", x, scale, shift, **vectors, **how)
 
 
 @op
@@ -80,10 +92,19 @@ def rmsnorm_adaln(
     scale: Vector | None = None,
     shift: Vector | None = None,
     *,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    rows: ArrayLike | None = None,
+    scale_base: ArrayLike | None = None,
+    shift_base: ArrayLike | None = None,
     eps: float = 1e-6,
+    zero_centered: bool = False,
+    cast: Cast = "after_weight",
     implementation: Implementation | None = None,
 ) -> jax.Array:
-    return call("rmsnorm_adaln", x, scale, shift, eps=eps, implementation=implementation)
+    vectors = dict(weight=weight, bias=bias, rows=rows, scale_base=scale_base, shift_base=shift_base)
+    how = dict(eps=eps, zero_centered=zero_centered, cast=cast, implementation=implementation)
+    return call("rmsnorm_adaln", x, scale, shift, **vectors, **how)
 
 
 @op
@@ -108,6 +129,25 @@ def rms_norm(
 @op
 def gated_residual(residual: ArrayLike, h: ArrayLike, gate: Vector, *, implementation: Implementation | None = None) -> jax.Array:
     return call("gated_residual", residual, h, gate, implementation=implementation)
+
+
+@op
+def gated_residual_norm_adaln(
+    residual: ArrayLike,
+    h: ArrayLike,
+    gate: Vector,
+    scale: Vector | None = None,
+    shift: Vector | None = None,
+    *,
+    center: bool = True,
+    h_weight: ArrayLike | None = None,
+    h_eps: float = 1.1920929e-7,
+    eps: float = 1e-6,
+    gate_fn: Literal["identity", "tanh"] = "identity",
+    implementation: Implementation | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    how = dict(center=center, h_weight=h_weight, h_eps=h_eps, eps=eps, gate_fn=gate_fn, implementation=implementation)
+    return call("gated_residual_norm_adaln", residual, h, gate, scale, shift, **how)
 
 
 @op
@@ -192,12 +232,13 @@ def explain(op: str | Callable, *args, device: jax.Device | str | None = None, *
     args    the call's arguments; a jax.ShapeDtypeStruct serves for an array.
     device  a device, or the name of a platform ("cuda", "cpu", ...); None: where jax.jit would run the call.
 
-    Raises RuntimeError, as the call would, if implementation="triton" is asked for and cannot be met.
+    Raises what the call itself would raise.
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
-    if name not in OPS:
-        raise ValueError(f"explain: op is {name!r}; expected one of {', '.join(OPS)}. Pass a public op or its name.")
+    check.choice("explain", "op", name, tuple(OPS))
     requested = kwargs.pop("implementation", None)
+    if kwargs.get("start_pos") is not None:
+        kwargs["start_extent"] = extent(kwargs["start_pos"])
     call = checked(name, args, kwargs)
     explanation = decide(call, requested, current(), _bind.problem(platform_of(device, jax.tree.leaves((args, kwargs)))))
     if explanation.path == "triton" and any(0 in x.shape for x in flatten(call.op, call.operands)[0]):
@@ -208,5 +249,5 @@ def explain(op: str | Callable, *args, device: jax.Device | str | None = None, *
 def platform_of(device: jax.Device | str | None, arrays) -> str:
     device = device or next((d for x in arrays if isinstance(x, jax.Array) and x.committed for d in x.devices()), None)
     device = device or jax.config.jax_default_device or jax.devices()[0]
-    platform = device if isinstance(device, str) else device.platform
+    platform = device.partition(":")[0] if isinstance(device, str) else device.platform
     return "cuda" if platform == "gpu" else platform

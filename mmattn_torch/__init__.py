@@ -8,6 +8,7 @@ from .nn import AttentionOutput, GPT2Block, GPT2Stack, RMSNormSelfAttention, RMS
 from .ops import (
     explain,
     gated_residual,
+    gated_residual_norm_adaln,
     joint_attention,
     layer_norm,
     layernorm_adaln,
@@ -28,6 +29,7 @@ __all__ = [
     "__version__",
     "explain",
     "gated_residual",
+    "gated_residual_norm_adaln",
     "implementation",
     "joint_attention",
     "layer_norm",

@@ -52,6 +52,7 @@ def attention(q, k, v, attn_mask, key_masks, causal: bool, scale: float):
 
 FUSED = {
     "adaln": partial(mmattn.adaln.reference, torch, norm=norm),
+    "gated_residual_norm_adaln": partial(mmattn.gated_residual_norm_adaln_op.reference, torch, norm=norm),
     "joint_attention": joint_attention,
     "qk_norm_rope_attention": qk_norm_rope_attention,
 }

@@ -70,6 +70,13 @@ class Chunk(NamedTuple):
         return x[:, self.at : self.at + self.width]
 
 
+class Tokens(Chunk):
+    """The same columns of every token of a (B, L, M * D) operand."""
+
+    def view(self, x):
+        return x[:, :, self.at : self.at + self.width]
+
+
 class Part(NamedTuple):
     """q, k or v of packed projections (B, L, 3, H, d): in torch a strided view."""
 
@@ -177,9 +184,53 @@ def adaln_cases():
     yield Case("layer_norm", "empty-batch", x(0, 5, 48) | shared(48, "weight", "bias"))
     yield Case("rms_norm", "weight-37x96", x(2, 37, 96) | shared(96, "weight"))
     yield Case("rms_norm", "float32-weight", x(2, 37, 48) | shared(48, "weight", dtype="float32"))
+    yield from modulation_cases()
     for B, L, D in ((3, 333, 768), (2, 186, 1536), (1, 4100, 3072), (64, 3, 128), (1, 2, 16384)):
         yield Case("layernorm_adaln", f"{B}x{L}x{D}", x(B, L, D) | sample(B, D, "scale", "shift"), **LARGE)
         yield Case("rms_norm", f"{B}x{L}x{D}", x(B, L, D) | shared(D, "weight"), **LARGE)
+
+
+def picks(B: int, L: int, R: int) -> dict:
+    """rows: for each token one of R; the first half of a sample one row throughout, then any. Row R - 1 of sample 0 is unused."""
+    rows = np.random.default_rng(L).integers(0, R, (B, L), dtype=np.int32)
+    rows[:, : L // 2] = 0
+    rows[0][rows[0] == R - 1] = 0
+    return dict(rows=Constant(rows))
+
+
+def modulation_cases():
+    """Every form of scale and shift, and the options of a norm with a weight."""
+    x = lambda *shape, **how: dict(x=Normal(shape, **how))
+    both = lambda *shape, **how: dict(scale=Normal(shape, **how), shift=Normal(shape, **how))
+    affine = lambda D, **how: shared(D, "weight", "bias", **how)
+    base = lambda D, **how: shared(D, "scale_base", "shift_base", **how)
+    yield Case("layernorm_adaln", "per-token", x(2, 37, 48) | both(2, 37, 48))
+    yield Case(
+        "layernorm_adaln",
+        "per-token-chunks",
+        x(2, 37, 48) | dict(scale=Tokens((2, 37, 96), 0, 48), shift=Tokens((2, 37, 96), 48, 48)),
+    )
+    yield Case("layernorm_adaln", "per-token-everything", x(2, 70, 48) | both(2, 70, 48) | affine(48) | base(48))
+    yield Case("rmsnorm_adaln", "per-token-scale-alone", x(2, 37, 96) | dict(scale=Normal((2, 37, 96))) | shared(96, "weight"))
+    yield Case("layernorm_adaln", "shift-per-token", x(2, 37, 48) | sample(2, 48, "scale") | dict(shift=Normal((2, 37, 48))))
+    yield Case("layernorm_adaln", "for-all", x(2, 37, 48) | both(48))
+    yield Case("layernorm_adaln", "base", x(2, 130, 48) | sample(2, 48, "scale", "shift") | base(48, dtype="float32"))
+    yield Case("layernorm_adaln", "base-alone", x(2, 37, 48) | base(48) | shared(48, "bias"))
+    yield Case("layernorm_adaln", "rows", x(2, 130, 48) | both(3, 48) | picks(2, 130, 3))
+    yield Case("layernorm_adaln", "rows-of-samples", x(2, 130, 48) | both(2, 3, 48) | picks(2, 130, 3))
+    yield Case("rmsnorm_adaln", "rows-one-token", x(2, 1, 48) | dict(scale=Normal((2, 48))) | picks(2, 1, 2))
+    yield Case("layernorm_adaln", "rows-everything", x(2, 70, 48) | both(2, 48) | picks(2, 70, 2) | affine(48) | base(48))
+    yield Case(
+        "rmsnorm_adaln", "rows-of-samples-everything", x(2, 70, 48) | both(2, 3, 48) | picks(2, 70, 3) | affine(48) | base(48)
+    )
+    everything = x(2, 70, 48) | sample(2, 48, "scale", "shift") | affine(48) | base(48)
+    yield Case("layernorm_adaln", "everything", everything)
+    yield Case("rmsnorm_adaln", "before-weight", everything, dict(cast="before_weight", eps=1e-5))
+    yield Case("layernorm_adaln", "no-cast", everything, dict(cast="none"))
+    yield Case("rmsnorm_adaln", "zero-centered", everything, dict(zero_centered=True))
+    for B, L, D in ((3, 333, 768), (64, 186, 128)):
+        yield Case("layernorm_adaln", f"per-token-{B}x{L}x{D}", x(B, L, D) | both(B, L, D) | affine(D), **LARGE)
+        yield Case("layernorm_adaln", f"rows-{B}x{L}x{D}", x(B, L, D) | both(4, D) | picks(B, L, 4) | base(D), **LARGE)
 
 
 def gated_residual_cases():
@@ -193,6 +244,32 @@ def gated_residual_cases():
     yield Case("gated_residual", "production", both(2, 70, 1152) | sample(2, 1152, "gate"), **PRODUCTION)
     for B, L, D in ((3, 333, 768), (1, 4100, 3072), (64, 3, 128)):
         yield Case("gated_residual", f"{B}x{L}x{D}", both(B, L, D) | sample(B, D, "gate"), **LARGE)
+
+
+def gated_residual_norm_adaln_cases():
+    def case(label, B, L, D, *vectors, weight=False, operands=None, row=None, **static):
+        both = dict(residual=Normal((B, L, D)), h=Normal((B, L, D)))
+        given = sample(B, D, "gate", *vectors) | (shared(D, "h_weight") if weight else {}) | (operands or {})
+        return Case("gated_residual_norm_adaln", label, both | given, static, **(row or {}))
+
+    modulated = ("scale", "shift")
+    yield case("37x48", 2, 37, 48, *modulated)
+    yield case("bare-rms", 2, 130, 96, center=False, eps=1e-5)
+    yield case("scale-alone-tanh", 3, 5, 48, "scale", gate_fn="tanh")
+    yield case("post-norm", 2, 130, 48, *modulated, weight=True)
+    yield case("lumina", 2, 37, 128, "scale", weight=True, center=False, gate_fn="tanh", eps=1e-5, h_eps=1e-5)
+    yield case("one-token", 1, 1, 8, "shift", weight=True)
+    rows = {name: Normal((2, 1, 48), dtype="float32") for name in ("gate", "scale", "shift")}
+    yield case("float32-vectors", 2, 37, 48, operands=rows, gate_fn="tanh")
+    packed = {name: Packed((2, 6, 48), i) for i, name in enumerate(("scale", "shift", "gate"))}
+    yield case("packed", 2, 37, 48, operands=packed)
+    chunks = {name: Chunk((2, 6 * 48), 48 * i, 48) for i, name in enumerate(("scale", "shift", "gate"))}
+    yield case("chunks", 2, 37, 48, weight=True, operands=chunks)
+    yield case("empty-batch", 0, 37, 48, *modulated, weight=True)
+    yield case("production", 2, 70, 1152, *modulated, weight=True, row=PRODUCTION)
+    for B, L, D in ((3, 333, 768), (1, 4100, 3072), (64, 3, 128), (1, 2, 16384)):
+        yield case(f"{B}x{L}x{D}", B, L, D, *modulated, row=LARGE)
+        yield case(f"post-norm-{B}x{L}x{D}", B, L, D, *modulated, weight=True, row=LARGE)
 
 
 def projections(B: int, H: int, d: int, *lengths: int, over: str, **how) -> dict:
@@ -340,6 +417,7 @@ def relu_linear_attention_cases():
 CASES = [
     *adaln_cases(),
     *gated_residual_cases(),
+    *gated_residual_norm_adaln_cases(),
     *qk_norm_rope_cases(),
     *joint_attention_cases(),
     *qk_norm_rope_attention_cases(),

@@ -126,6 +126,15 @@ class Builder:
         return ORIGINAL["create_masked_store"](self, ptrs, value, mask, *rest)
 
 
+def tree_sum(self, input):
+    """tl.sum over one axis, in pairs as on a GPU: NumPy adds one after the other along an axis that others follow in memory."""
+    x, axis = input.handle.data, self.axis
+    total = np.sum(x) if axis is None else np.sum(np.ascontiguousarray(np.moveaxis(x, axis, -1)), -1)
+    if self.keep_dims:
+        total = total.reshape((1,) * x.ndim) if axis is None else np.expand_dims(total, axis)
+    return self.to_tensor(total, input.dtype)
+
+
 def as_mask(x):
     """A comparison's result keeps the dtype of what was compared, and takes it on when it is broadcast."""
     return interpreter.TensorHandle(x.data.astype(bool), tl.int1)
@@ -161,6 +170,7 @@ def interpreting():
     language = SimpleNamespace(__globals__=dict(tl=tl, core=tl.core))  # the namespaces of kernels and of tl.sum, tl.zeros, ...
     methods = {name: method for name, method in vars(Builder).items() if callable(method)}
     changes = [(interpreter.InterpreterBuilder, methods)]
+    changes += [(interpreter.ReduceOps, dict(sum=tree_sum))]
     changes += [(owner, dict(__call__=call_device_function)) for owner in (JITFunction, interpreter.InterpretedFunction)]
     with contextlib.ExitStack() as stack:
         stack.enter_context(np.errstate(all="ignore"))

@@ -69,6 +69,10 @@ def residual(x, h, gate, **how):
     return mmattn_jax.gated_residual(x, h, gate, **how)
 
 
+def residual_norm(x, h, gate, scale, shift, **how):
+    return mmattn_jax.gated_residual_norm_adaln(x, h, gate, scale, shift, **how)
+
+
 def rotated(qkv, q_weight, k_weight, **how):
     return mmattn_jax.qk_norm_rope(qkv, q_weight, k_weight, over="width", **TABLE, start_pos=np.arange(len(qkv)) % 4, **how)
 
@@ -91,6 +95,7 @@ EXAMPLES = {
     adaln: (randn(B, L, D), randn(B, D), randn(B, 1, D)),
     norm: (randn(B, L, D), randn(D), randn(D, seed=1)),
     residual: (randn(B, L, D), randn(B, L, D, seed=1), randn(B, D)),
+    residual_norm: (randn(B, L, D), randn(B, L, D, seed=1), randn(B, D), randn(B, D, seed=1), randn(B, D, seed=2)),
     rotated: (packed(L), randn(D), randn(D, seed=1)),
     attention: (heads(L), heads(L, 1), heads(L, 2), heads(C)),
     fused: (packed(L), packed(C), randn(4, D)),
@@ -237,6 +242,22 @@ def test_row_of_a_packed_array(row, kernels):
     same(got, grads(copied)(x, h, array))
     assert not np.delete(np.asarray(got[2]), row, 1).any()
     same(jax.vmap(grads(run))(x[None], h[None], array[None]), jax.tree.map(lambda g: g[None], got))
+
+
+@pytest.mark.parametrize("array, row", [((2, 3, D), 3), ((2, 3, D), -1), ((2, D), 0), ((2, 3, D), np.int32(1))])
+def test_row_that_is_none(array, row):
+    with pytest.raises(ValueError, match=r"gated_residual: gate is row .*; expected \(B, M, D\) and an int from 0 to M - 1"):
+        residual(randn(2, L, D), randn(2, L, D), Row(randn(*array), row))
+
+
+def test_gradient_of_a_constant_is_refused():
+    weight, cos, sin = randn(16), randn(9, 4), randn(9, 4)
+    run = lambda cos, **how: mmattn_jax.qk_norm_rope(randn(2, 5, 3, 2, 8), weight, weight, over="width", cos=cos, sin=sin, **how)[
+        0
+    ].sum()
+    with pytest.raises(NotImplementedError, match="qk_norm_rope: cos wants a gradient, for which there is no kernel"):
+        jax.grad(run)(cos)
+    assert np.abs(jax.grad(partial(run, implementation="reference"))(cos)).max() > 0
 
 
 @each_example
@@ -446,7 +467,8 @@ def test_a_call_sets_the_process_default():
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_triton_that_cannot_be_had_raises(wrap):
     with pytest.raises(
-        RuntimeError, match='adaln: implementation="triton" cannot be met: kernels run on CUDA and ROCm GPUs only'
+        RuntimeError,
+        match=r'layernorm_adaln: implementation="triton" cannot be met: the kernels run on .* GPUs, the arrays are on cpu',
     ):
         wrap(partial(adaln, implementation="triton"))(*EXAMPLES[adaln])
 
@@ -455,11 +477,12 @@ def test_explain():
     x, scale, shift = (jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in EXAMPLES[adaln])
     assert mmattn_jax.explain(mmattn_jax.layernorm_adaln, x, scale, shift, device="cpu") == (
         "reference",
-        "kernels run on CUDA and ROCm GPUs only",
+        "the kernels run on CUDA and ROCm GPUs, the arrays are on cpu",
     )
     cuda = partial(mmattn_jax.explain, "layernorm_adaln", device="cuda")
     if _jax_triton.installed():
         assert cuda(x, scale, shift).path == "triton"
+        assert cuda(x, scale, shift, device="cuda:0").path == "triton"
     assert cuda(x, scale, implementation="reference") == ("reference", "asked for by the call")
     assert cuda(jax.ShapeDtypeStruct((0, L, D), jnp.float32)).path == "reference"
     assert cuda(jax.ShapeDtypeStruct((B, L, D), "float64")).path == "reference"
@@ -476,7 +499,7 @@ def test_explain_of_a_gpu_that_is_too_old():
     try:
         assert mmattn_jax.explain("rms_norm", EXAMPLES[norm][0], device="cuda") == (
             "reference",
-            "kernels need compute capability 8.0, the GPU has 7.5",
+            "the kernels need compute capability 8.0, the GPU has 7.5",
         )
     finally:
         mmattn_jax.set_target(None)

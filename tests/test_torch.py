@@ -6,6 +6,7 @@ import inspect
 import os
 import subprocess
 import sys
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -85,6 +86,10 @@ def residual(x, h, gate, **how):
     return mmattn_torch.gated_residual(x, h, gate, **how)
 
 
+def residual_norm(x, h, gate, scale, **how):
+    return torch.cat(mmattn_torch.gated_residual_norm_adaln(x, h, gate, scale, **how), 1)
+
+
 def attention(x, c, weights, mask, key_mask, **how):
     """The seed's attention of two streams."""
     packed = tuple(t.reshape(*t.shape[:2], 3, HEADS, t.shape[2] // (3 * HEADS)) for t in (x, c))
@@ -112,6 +117,8 @@ def operands(f, B: int, L: int, C: int = 5) -> list:
         return [leaf(B, L, D), leaf(D)]
     if f is residual:
         return [leaf(B, L, D), leaf(B, L, D, seed=1), leaf(B, D)]
+    if f is residual_norm:
+        return [leaf(B, L, D), leaf(B, L, D, seed=1), leaf(B, D), leaf(B, 1, D)]
     if f is linear:
         heads = [leaf(B, L, HEADS, D // HEADS, seed=i) for i in range(3)]
         return [*heads, leaf(B, C, HEADS, D // HEADS), torch.arange(L, device=DEVICE)[None].expand(B, L) < L - 2]
@@ -126,6 +133,7 @@ OPERATOR = {
     adaln: "adaln",
     rms: "adaln",
     residual: "gated_residual",
+    residual_norm: "gated_residual_norm_adaln",
     attention: "qk_norm_rope_attention",
     linear: "relu_linear_attention",
 }
@@ -292,6 +300,27 @@ def test_nested_vmap_of_a_shared_vector(kernels):
     for inner, outer in (((0, 0), (0, None)), ((0, None), (0, 0))):
         weight = randn(4 if inner[1] == 0 else 3, D)
         both(lambda f, i=inner, o=outer: vmap(vmap(grad(loss(f), (0, 1)), i), o), rms, [x, weight])
+
+
+@pytest.mark.parametrize("mapped", [(0, None), (None, 0), (0, 0)])
+def test_vmap_over_a_table(mapped, kernels):
+    """cos and sin of several tables, or one of them alone."""
+    qkv, weight = randn(2, 5, 3, HEADS, 8), randn(HEADS * 8)
+    tables = [randn(3, 9, 4, seed=seed) if dim == 0 else randn(9, 4, seed=seed) for seed, dim in enumerate(mapped)]
+    norm = lambda cos, sin, **how: mmattn_torch.qk_norm_rope(qkv, weight, weight, over="width", cos=cos, sin=sin, **how)
+    both(lambda f: vmap(f, mapped), norm, tables)
+
+
+@pytest.mark.parametrize("name", ["cos", "sin"])
+def test_gradient_of_a_constant_is_refused(name, kernels):
+    weight, tables = randn(HEADS * 8), dict(cos=randn(9, 4), sin=randn(9, 4))
+    tables[name].requires_grad_()
+    run = partial(mmattn_torch.qk_norm_rope, randn(2, 5, 3, HEADS, 8), weight, weight, over="width", **tables)
+    for call in (run, torch.compile(run, backend="aot_eager")):
+        with pytest.raises(RuntimeError, match=f"qk_norm_rope: {name} wants a gradient, for which there is no kernel"):
+            call()
+    run(**REFERENCE)[0].sum().backward()
+    assert tables[name].grad.abs().max() > 0
 
 
 def test_grad_of_vmap_sums_over_it(kernels):
@@ -471,12 +500,27 @@ def test_implementation_sets_and_restores(kernels):
     assert path() == "reference"
     former.__exit__()
     assert path() == "triton"
+    again = mmattn_torch.implementation("reference")
+    for _ in range(2):
+        with again:
+            assert path() == "reference"
+            with again:
+                assert path() == "reference"
+        assert path() == "triton"
+    assert mmattn_torch.implementation("reference")(path)() == "reference"
+    assert path() == "triton"
     with pytest.raises(ValueError, match="implementation: name is 'cuda'; expected one of 'auto', 'triton', 'reference'"):
         mmattn_torch.implementation("cuda")
 
 
+def test_float64_has_every_derivative(cpu):
+    """It takes the reference whatever is asked for, not torch's fused code."""
+    q = randn(1, 3, 1, 8, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda q: mmattn_torch.joint_attention(q, q, q), (q,))
+
+
 def test_unmet_request_says_why():
-    with pytest.raises(RuntimeError, match=r'implementation="triton" cannot be met: .* the tensors are on cpu'):
+    with pytest.raises(RuntimeError, match=r'rms_norm: implementation="triton" cannot be met: .* the arrays are on cpu'):
         mmattn_torch.rms_norm(torch.randn(2, 5, D), implementation="triton")
 
 
@@ -544,3 +588,150 @@ def test_remembered_calls_keep_their_tensors_apart(kernels):
                 *torch.autograd.grad(y, distinct, torch.linspace(-1, 1, y.numel(), device=y.device).reshape(y.shape)),
             ]
         torch.testing.assert_close(grads["triton"], grads["reference"])
+
+
+LOOKS = dict(
+    contiguous=lambda x: x,
+    strided=lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
+    permuted=lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    misaligned=lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x),
+)
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+@small_functions
+def test_second_call_repeats_the_first_on_new_tensors(f, look, kernels):
+    """The first call of a look is recorded, the second replayed, each forward and backward."""
+    for seed in range(2):
+        arguments = [look(x.detach() + seed).requires_grad_() for x in operands(f, 2, 7)]
+        same(with_gradients(f, arguments), with_gradients(lambda *a: f(*a, **REFERENCE), arguments), 1e-4)
+        with torch.no_grad():
+            same(f(*arguments), f(*arguments, **REFERENCE), 1e-4)
+
+
+def test_saved_tensors_may_come_back_with_other_looks(kernels):
+    """Hooks hand back copies, which need not have the strides of what was saved."""
+    x, scale = leaf(2, 7, D), leaf(2, 6 * D).chunk(6, -1)[1]
+    want = with_gradients(lambda x: adaln(x, scale, None), [x])
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t.shape) or t.clone(), LOOKS["permuted"]):
+        got = with_gradients(lambda x: adaln(x, scale, None), [x])
+    assert x.shape in packed
+    same(got, want, 0)
+
+
+def test_one_gradient_of_two_outputs(kernels):
+    """The gradient of an output that nobody used is None until the kernels need it."""
+    q, c = leaf(2, 7, HEADS, 24), leaf(2, 5, HEADS, 24)
+    first = lambda **how: mmattn_torch.joint_attention((q, c), (q, c), (q, c), **how)[0].sum()
+    same(torch.autograd.grad(first(), [q, c]), torch.autograd.grad(first(**REFERENCE), [q, c]), 1e-4)
+
+
+def test_eager_calls_ask_the_op_once(kernels, monkeypatch):
+    """After that its launches are repeated, by whichever way a call comes."""
+    x, asked, record = leaf(2, 5, D), [], _bind.record
+    monkeypatch.setattr(_bind, "record", lambda *a: asked.append(a) or record(*a))
+    for _ in range(3):
+        mmattn_torch.rms_norm(x).sum().backward()
+    assert len(asked) == 2
+
+
+def test_a_profiler_sees_the_operators(kernels):
+    x = leaf(2, 5, D)
+    with torch.profiler.profile() as profile:
+        mmattn_torch.rms_norm(x)
+    assert "mmattn::adaln_fwd" in {event.name for event in profile.events()}
+
+
+def separate(residual, h, gate, scale, shift, *, eps, h_weight, h_eps):
+    """gated_residual_norm_adaln as the operations that it joins."""
+    h = h if h_weight is None else mmattn_torch.rms_norm(h, h_weight, eps=h_eps)
+    r = mmattn_torch.gated_residual(residual, h, gate)
+    return r, mmattn_torch.layernorm_adaln(r, scale, shift, eps=eps)
+
+
+def launches(module, inputs, monkeypatch) -> Counter:
+    """The kernels that a forward and backward launch, and how often."""
+    names = []
+
+    def launch(plan, arrays, outs):
+        name = plan.kernel.fn.__name__.removesuffix("_kernel")
+        names.append(name)
+        return lambda addresses: names.append(name)
+
+    monkeypatch.setattr(_bind, "launch", launch)
+    monkeypatch.setattr(_bind, "problem", lambda device: None)
+    _bind.forget()
+    sum(out.sum() for out in module(**inputs)).backward()
+    _bind.forget()
+    return Counter(names)
+
+
+def test_launches_per_layer(cpu, monkeypatch, capsys):
+    """Of a layer's residuals, gates, norms and modulations none is a launch of its own: two a stream, forward."""
+    inputs = dict(x=leaf(2, 70, D), y=leaf(2, 1, D), context=leaf(2, 20, D))
+
+    def per_layer():
+        stack = lambda depth: mmattn_torch.GPT2Stack(depth, D, HEADS, conditioning=True, use_cross_attn=True, dropout=0.0)
+        two, three = (launches(stack(depth), inputs, monkeypatch) for depth in (2, 3))
+        return {name: n - two[name] for name, n in three.items() if n > two[name]}
+
+    after = per_layer()
+    monkeypatch.setattr(mmattn_torch.nn.ops, "gated_residual_norm_adaln", separate)
+    before = per_layer()
+    norms = lambda counts, half: sum(
+        n for name, n in counts.items() if "attention" not in name and "qk" not in name and half in name
+    )
+    with capsys.disabled():
+        print(f"\nlaunches of a layer of two streams, forward and backward: before {before}, after {after}")
+    assert (norms(before, "fwd"), norms(after, "fwd")) == (10, 4)
+    assert {name for name in after if name.endswith("fwd") and "attention" not in name and "qk" not in name} == {
+        "gated_residual_norm_adaln_fwd"
+    }
+    assert sum(after.values()) < sum(before.values())
+
+
+def modulated(x, vectors, **how):
+    return mmattn_torch.layernorm_adaln(x, vectors[:, :D], vectors[:, D : 2 * D], **how)
+
+
+def residual_and_norm(x, vectors, **how):
+    rows = (vectors[:, i * D : (i + 1) * D] for i in range(3))
+    return mmattn_torch.gated_residual_norm_adaln(x, x.sin(), *rows, **how)[1]
+
+
+NORMS = [modulated, residual_and_norm, lambda x, vectors, **how: mmattn_torch.rms_norm(x, vectors[0, :D], **how)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("f", NORMS, ids=["adaln", "gated_residual_norm_adaln", "rms_norm"])
+def test_one_compile_serves_every_batch_and_length(f):
+    """Lengths and batch sizes are runtime integers: 1, multiples of 16 and others, one chunk a sample or many."""
+    modules = [sys.modules[name] for name in ("mmattn.adaln.kernels", "mmattn.gated_residual_norm_adaln")]
+    kernels = [k for module in modules for k in vars(module).values() if hasattr(k, "device_caches")]
+
+    def run(B, L):
+        with_gradients(f, [leaf(B, L, D, dtype=torch.bfloat16), leaf(B, 3 * D, dtype=torch.bfloat16)])
+        return {k.fn.__name__: sum(len(cache[0]) for cache in k.device_caches.values()) for k in kernels}
+
+    run(2, 7000)  # many chunks a sample, so that the second kernel runs too
+    first = run(3, 70)
+    for B, L in ((1, 1), (2, 16), (16, 37), (700, 5), (1, 9000)):
+        assert run(B, L) == first, (B, L)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("f", NORMS, ids=["adaln", "gated_residual_norm_adaln", "rms_norm"])
+def test_more_elements_than_32_bits_count(f):
+    """The last tokens of 2^31 elements and some are what they are by themselves."""
+    L = 2**31 // D + 100
+    vectors = randn(1, 3 * D, dtype=torch.bfloat16)
+    x = torch.zeros(1, L, D, dtype=torch.bfloat16, device=DEVICE)
+    x[:, -50:] = randn(1, 50, D, dtype=torch.bfloat16)
+    x.requires_grad_()
+    last = x[:, -50:].detach().requires_grad_()
+    y, want = f(x, vectors), f(last, vectors)
+    assert torch.equal(y[:, -50:], want)
+    dy = randn(1, 50, D, seed=1, dtype=torch.bfloat16)
+    (dx,) = torch.autograd.grad(y[:, -50:], x, dy)
+    assert torch.equal(dx[:, -50:], torch.autograd.grad(want, last, dy)[0])
