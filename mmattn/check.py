@@ -21,7 +21,8 @@ def is_array(op: str, name: str, x) -> None:
 def shape(op: str, name: str, x, *allowed: tuple[str, tuple[int, ...]], remedy: str) -> None:
     """x.shape must be one of `allowed`, each given as (axes, sizes)."""
     is_array(op, name, x)
-    if all(tuple(x.shape) != want for _, want in allowed):
+    # Ranks first: comparing sizes of unlike axes would tie a symbolic one to a number.
+    if all(len(x.shape) != len(want) or tuple(x.shape) != want for _, want in allowed):
         expected = " or ".join(f"({axes}) = {want}" for axes, want in allowed)
         raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}; expected {expected}. {remedy}")
 

@@ -281,10 +281,15 @@ def constants(a, static: dict, kernel) -> tuple:
     return tuple((k, v) for k, v in meta.items() if k in kernel.arg_names)
 
 
+def variant(meta: tuple) -> str:
+    """What a config was measured for."""
+    return "post" if dict(meta)["POST"] else "layer"
+
+
 @cache
 def fwd_plan(target: Target, x: Spec, G: int, meta: tuple) -> Plan:
     B, L, D = x.shape
-    c = config("gated_residual_norm_adaln_fwd", x)
+    c = config("gated_residual_norm_adaln_fwd", variant(meta), x, target)
     chunks, blocks = split(target, B, cdiv(L, c.rows), c.per_sm)
     return Plan(
         gated_residual_norm_adaln_fwd_kernel,
@@ -306,7 +311,7 @@ def bwd_plan(target: Target, x: Spec, G: int, meta: tuple, vectors: tuple[Spec, 
     """vectors: the gradients of gate, scale and shift. A launch that leaves them to the second kernel has outputs of their
     dtypes anyway, so that one compiled kernel serves every number of chunks."""
     B, L, D = x.shape
-    c = config("gated_residual_norm_adaln_bwd", x)
+    c = config("gated_residual_norm_adaln_bwd", variant(meta), x, target)
     chunks, blocks = split(target, B, cdiv(L, c.rows), c.per_sm)
     flags = dict(meta)
     part = Spec((B, chunks, D), "float32")

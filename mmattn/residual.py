@@ -82,7 +82,7 @@ def gate_meta(gate, row: int | None) -> tuple[int, int]:
 @cache
 def fwd_plan(x: Spec, stride: int, at: int) -> Plan:
     B, L, D = x.shape
-    c = config("gated_residual_fwd", x)
+    c = config("gated_residual_fwd", None, x, Target())
     return Plan(
         gated_residual_fwd_kernel,
         grid=(B * cdiv(L, c.rows),),
@@ -96,7 +96,7 @@ def fwd_plan(x: Spec, stride: int, at: int) -> Plan:
 @cache
 def bwd_plan(target: Target, x: Spec, stride: int, at: int) -> Plan:
     B, L, D = x.shape
-    c = config("gated_residual_bwd", x)
+    c = config("gated_residual_bwd", None, x, target)
     chunks, blocks = split(target, B, cdiv(L, c.rows), c.per_sm)
     return Plan(
         gated_residual_bwd_kernel,

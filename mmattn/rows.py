@@ -131,13 +131,34 @@ class Config(NamedTuple):
     per_sm: int = 4
 
 
-TUNED: dict[tuple[str, int], Config] = {  # (kernel, width rounded up to a power of two), measured on an H200 in bfloat16
-    ("adaln_bwd", 128): Config(8, 2, 3, 4),
-    ("adaln_bwd", 2048): Config(1, 2, 3, 4),
-    ("adaln_bwd", 4096): Config(1, 4, 3, 2),
-    ("gated_residual_norm_adaln_bwd", 128): Config(8, 2, 3, 4),
-    ("gated_residual_norm_adaln_bwd", 2048): Config(1, 4, 3, 2),
-    ("gated_residual_norm_adaln_bwd", 4096): Config(1, 8, 3, 2),
+ALL = 1024  # programs per SM that no shape comes near: every block of tokens has a program of its own
+TUNED: dict[tuple[str, str, int], Config] = {  # (kernel, variant, width rounded up to a power of two)
+    # Fastest for (8, 4608, 3072), (8, 4096, 1536), and together for (1024, 186, 128) and (128, 186, 128), bfloat16, on an H200;
+    # docs/facts.md has the times. A variant is the norm, "layer" or "rms", or "post" where a second one is in front of it.
+    ("adaln_fwd", "layer", 128): Config(32, 8, 4, 2),
+    ("adaln_fwd", "layer", 2048): Config(1, 1, 4, 32),
+    ("adaln_fwd", "layer", 4096): Config(1, 2, 3, 16),
+    ("adaln_bwd", "layer", 128): Config(8, 2, 3, 6),
+    ("adaln_bwd", "layer", 2048): Config(1, 2, 4, 4),
+    ("adaln_bwd", "layer", 4096): Config(1, 4, 5, 2),
+    ("adaln_fwd", "rms", 128): Config(32, 8, 4, ALL),
+    ("adaln_fwd", "rms", 2048): Config(1, 2, 3, ALL),
+    ("adaln_fwd", "rms", 4096): Config(1, 4, 1, ALL),
+    ("adaln_bwd", "rms", 128): Config(16, 4, 5, 2),
+    ("adaln_bwd", "rms", 2048): Config(1, 4, 4, 3),
+    ("adaln_bwd", "rms", 4096): Config(1, 4, 3, 2),
+    ("gated_residual_norm_adaln_fwd", "layer", 128): Config(32, 8, 3, ALL),
+    ("gated_residual_norm_adaln_fwd", "layer", 2048): Config(1, 1, 3, 32),
+    ("gated_residual_norm_adaln_fwd", "layer", 4096): Config(1, 4, 1, ALL),
+    ("gated_residual_norm_adaln_bwd", "layer", 128): Config(8, 2, 3, 4),
+    ("gated_residual_norm_adaln_bwd", "layer", 2048): Config(1, 4, 4, 2),
+    ("gated_residual_norm_adaln_bwd", "layer", 4096): Config(1, 8, 5, 2),
+    ("gated_residual_norm_adaln_fwd", "post", 128): Config(32, 8, 4, 2),
+    ("gated_residual_norm_adaln_fwd", "post", 2048): Config(1, 1, 3, 32),
+    ("gated_residual_norm_adaln_fwd", "post", 4096): Config(2, 8, 4, 2),
+    ("gated_residual_norm_adaln_bwd", "post", 128): Config(16, 4, 3, 2),
+    ("gated_residual_norm_adaln_bwd", "post", 2048): Config(1, 4, 3, 2),
+    ("gated_residual_norm_adaln_bwd", "post", 4096): Config(1, 8, 3, 2),
 }
 STREAMS = dict(  # arrays of tokens that a kernel reads, of which staged loads keep tiles in shared memory
     adaln_fwd=1,
@@ -147,19 +168,22 @@ STREAMS = dict(  # arrays of tokens that a kernel reads, of which staged loads k
     gated_residual_norm_adaln_fwd=2,
     gated_residual_norm_adaln_bwd=4,
 )
-STAGED_BYTES = 96 * 1024  # two programs fit an SM of an A100
+UNSTAGED_BYTES = 32 * 1024  # of shared memory, left to exchanges between warps
 SUM_ROWS, SUM_COLS, SUM_WARPS = 16, 32, 4  # of the kernels that add chunks up
 
 
-def config(kernel: str, x: Spec) -> Config:
+def config(kernel: str, variant: str | None, x: Spec, target: Target) -> Config:
     """The measured config of a kernel for rows as wide as x's, else the rule that most measured ones follow: 16 elements a
-    thread of a backward kernel and 32 of another, 16 warps an SM. Fewer stages where they would not fit shared memory."""
+    thread of a backward kernel and 32 of another, 16 warps an SM. Fewer stages where they would not fit shared memory.
+
+    Modulation per token takes the rule (variant None): it needs more registers than what was measured.
+    """
     cols = next_power_of_2(x.shape[-1])
     rows = max(1, 2048 // cols)
     warps = max(1, min(32, rows * cols // (512 if kernel.endswith("bwd") else 1024)))
-    c = TUNED.get((kernel, cols)) or Config(rows, warps, 3, max(1, 16 // warps))
+    c = TUNED.get((kernel, variant, cols)) or Config(rows, warps, 3, max(1, 16 // warps))
     stage = STREAMS[kernel] * c.rows * cols * (4 if x.dtype == "float32" else 2)
-    return c._replace(stages=min(c.stages, 1 + STAGED_BYTES // stage))
+    return c._replace(stages=max(1, min(c.stages, 1 + (target.shared - UNSTAGED_BYTES) // stage)))
 
 
 def configs(kernel: str, width: int) -> list[Config]:

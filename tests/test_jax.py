@@ -69,8 +69,13 @@ def residual(x, h, gate, **how):
     return mmattn_jax.gated_residual(x, h, gate, **how)
 
 
-def residual_norm(x, h, gate, scale, shift, **how):
-    return mmattn_jax.gated_residual_norm_adaln(x, h, gate, scale, shift, **how)
+def gated_norm(x, h, gate, scale, shift, weight, **how):
+    return mmattn_jax.gated_residual_norm_adaln(x, h, gate, scale, shift, h_weight=weight, **how)
+
+
+def table(x, scale, shift, base, **how):
+    rows = np.arange(len(x) * x.shape[1], dtype="i4").reshape(x.shape[:2]) % 3
+    return mmattn_jax.rmsnorm_adaln(x, scale, shift, rows=rows, scale_base=base, weight=base, **how)
 
 
 def rotated(qkv, q_weight, k_weight, **how):
@@ -95,7 +100,8 @@ EXAMPLES = {
     adaln: (randn(B, L, D), randn(B, D), randn(B, 1, D)),
     norm: (randn(B, L, D), randn(D), randn(D, seed=1)),
     residual: (randn(B, L, D), randn(B, L, D, seed=1), randn(B, D)),
-    residual_norm: (randn(B, L, D), randn(B, L, D, seed=1), randn(B, D), randn(B, D, seed=1), randn(B, D, seed=2)),
+    gated_norm: (randn(B, L, D), randn(B, L, D, seed=1), *(randn(B, D, seed=i) for i in range(3)), randn(D)),
+    table: (randn(B, L, D), randn(3, D), randn(3, D, seed=1), randn(D)),
     rotated: (packed(L), randn(D), randn(D, seed=1)),
     attention: (heads(L), heads(L, 1), heads(L, 2), heads(C)),
     fused: (packed(L), packed(C), randn(4, D)),

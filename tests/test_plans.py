@@ -27,8 +27,8 @@ POINTERS = dict(float32="*fp32", float16="*fp16", bfloat16="*bf16", int32="*i32"
 # Registers are a Triton version's: they are held to what was measured with this one. With others sm_90's code must compile.
 MEASURED = triton.__version__.startswith("3.7.")
 # Bytes of registers that a kernel's worst config may spill, by architecture; nothing elsewhere. Rounded up from what was
-# measured. On sm_90 a whole row of 16384 and its sums do not fit one program, and at d = 96 and 128 dk, dv and two tiles of
-# scores fit only nearly: every tile that spills nothing measured slower.
+# measured. On sm_90 rows of 16384 with their vectors and sums do not fit the registers of one program, and at d = 96 and 128
+# dk, dv and two tiles of scores fit only nearly: tiles that spill nothing measured slower.
 SPILLS = {
     80: dict(
         joint_attention_fwd=512,
@@ -38,14 +38,24 @@ SPILLS = {
         linear_attention_bwd=256,
         linear_attention_bwd_state=384,
         adaln_bwd=384,
+        gated_residual_norm_adaln_bwd=704,
+        gated_residual_norm_adaln_fwd=192,
     ),
-    90: dict(adaln_bwd=384, joint_attention_bwd=64, joint_attention_bwd_dkdv=160),
+    90: dict(
+        joint_attention_bwd=64,
+        joint_attention_bwd_dkdv=160,
+        adaln_bwd=256,
+        gated_residual_norm_adaln_bwd=704,
+        gated_residual_norm_adaln_fwd=192,
+    ),
     100: dict(
         joint_attention_fwd=128,
         linear_attention_fwd=64,
         linear_attention_state=64,
         linear_attention_bwd_state=64,
         adaln_bwd=384,
+        gated_residual_norm_adaln_bwd=704,
+        gated_residual_norm_adaln_fwd=192,
     ),
 }
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}

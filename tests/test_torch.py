@@ -86,8 +86,14 @@ def residual(x, h, gate, **how):
     return mmattn_torch.gated_residual(x, h, gate, **how)
 
 
-def residual_norm(x, h, gate, scale, **how):
-    return torch.cat(mmattn_torch.gated_residual_norm_adaln(x, h, gate, scale, **how), 1)
+def table(x, rows, scale, shift, base, **how):
+    return mmattn_torch.rmsnorm_adaln(x, scale, shift, rows=rows, scale_base=base, weight=base, **how)
+
+
+def gated_norm(x, h, vectors, weight, **how):
+    """Both results, one behind the other."""
+    gate, scale, shift = vectors.chunk(3, -1)
+    return torch.cat(mmattn_torch.gated_residual_norm_adaln(x, h, gate, scale, shift, h_weight=weight, **how), 1)
 
 
 def attention(x, c, weights, mask, key_mask, **how):
@@ -117,8 +123,11 @@ def operands(f, B: int, L: int, C: int = 5) -> list:
         return [leaf(B, L, D), leaf(D)]
     if f is residual:
         return [leaf(B, L, D), leaf(B, L, D, seed=1), leaf(B, D)]
-    if f is residual_norm:
-        return [leaf(B, L, D), leaf(B, L, D, seed=1), leaf(B, D), leaf(B, 1, D)]
+    if f is table:
+        rows = torch.arange(L, dtype=torch.int32, device=DEVICE)[None].expand(B, L) % 4
+        return [leaf(B, L, D), rows, leaf(B, 4, D), leaf(B, 4, D, seed=1), leaf(D)]
+    if f is gated_norm:
+        return [leaf(B, L, D), leaf(B, L, D, seed=1), leaf(B, 3 * D), leaf(D)]
     if f is linear:
         heads = [leaf(B, L, HEADS, D // HEADS, seed=i) for i in range(3)]
         return [*heads, leaf(B, C, HEADS, D // HEADS), torch.arange(L, device=DEVICE)[None].expand(B, L) < L - 2]
@@ -132,8 +141,9 @@ def operands(f, B: int, L: int, C: int = 5) -> list:
 OPERATOR = {
     adaln: "adaln",
     rms: "adaln",
+    table: "adaln",
     residual: "gated_residual",
-    residual_norm: "gated_residual_norm_adaln",
+    gated_norm: "gated_residual_norm_adaln",
     attention: "qk_norm_rope_attention",
     linear: "relu_linear_attention",
 }

@@ -69,9 +69,15 @@ class Form:
         return tuple((k, v) for k, v in (self.meta | self.sums | dict(FINAL=self.final)).items() if k in kernel.arg_names)
 
 
+def variant(meta: tuple, center: bool) -> str | None:
+    """What a config was measured for."""
+    own = {"token", "index"} & {kind for _, kind in meta if isinstance(kind, str)}
+    return None if own else "layer" if center else "rms"
+
+
 @cache
 def fwd_plan(target: Target, x: Spec, samples: int, tokens: int, G: int, lines: int, meta: tuple, eps: float, center: bool):
-    c = config("adaln_fwd", x)
+    c = config("adaln_fwd", variant(meta, center), x, target)
     chunks, blocks = split(target, samples, cdiv(tokens, c.rows), c.per_sm)
     return Plan(
         adaln_fwd_kernel,
@@ -89,7 +95,7 @@ def bwd_plan(
 ) -> Plan:
     """vectors: gradients of scale and shift. A launch that leaves one to the second kernel has an output of its dtype anyway,
     so that one compiled kernel serves every number of chunks."""
-    c, D = config("adaln_bwd", x), x.shape[2]
+    c, D = config("adaln_bwd", variant(meta, center), x, target), x.shape[2]
     chunks, blocks = split(target, samples * lines, cdiv(tokens, c.rows), c.per_sm)
     flags = dict(meta)
     final = flags["FINAL"] and chunks == 1
@@ -176,12 +182,10 @@ def norm(xp, x, *, eps, center):
     return x / xp.sqrt(xp.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
-def selected(xp, table, index, samples: int):
-    """Row index[b, l] of a sample's table (B, R, D), of a group's (G, R, D), or of the one table (R, D)."""
-    table = table[None] if len(table.shape) == 2 else table
-    G, R, D = table.shape
-    table = xp.broadcast_to(table[:, None], (G, samples // G, R, D)).reshape(samples * R, D)
-    return table[index + like(xp, R * xp.arange(samples), index)[:, None]]
+def selected(xp, table, index):
+    """Row index[b, l] of each sample's table (B, R, D)."""
+    B, R, D = table.shape
+    return table.reshape(B * R, D)[index + like(xp, R * xp.arange(B), index)[:, None]]
 
 
 def modulation(xp, a, name: str, row: int | None):
@@ -189,11 +193,15 @@ def modulation(xp, a, name: str, row: int | None):
     v, table, base = (getattr(a, name + suffix) for suffix in ("", "_table", "_base"))
     samples = a.x.shape[0]
     m = 0 if base is None else per_group(xp, base, samples)
-    table = v if a.rows is not None and table is None else table
+    if table is not None and len(table.shape) == 2:
+        return m + wide(table[a.rows])
     if table is not None:
-        return m + wide(selected(xp, table, a.rows, samples))
+        G, R, D = table.shape
+        v = xp.broadcast_to(table[:, None], (G, samples // G, R, D)).reshape(samples, R, D)
     if v is None:
         return m
+    if a.rows is not None:
+        return m + wide(selected(xp, v, a.rows))
     return m + (wide(v) if kind(a, v, row) == "token" else per_sample(v, row))
 
 

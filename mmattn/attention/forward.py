@@ -104,7 +104,7 @@ def in_range(acc, total, keep, keys, HALF: tl.constexpr):
     """Whether every row that counts came out as exact as a shifted one (see the module's text)."""
     least = keys * (1.0 / 4096) if HALF else 1 / 2.0**64
     good = ((total >= least) & (total <= 2.0**64)) | ~keep
-    finite = tl.min((tl.abs(acc) <= 2.0**126).to(tl.int32), 1)
+    finite = tl.min(tl.ravel((tl.abs(acc) <= 2.0**126).to(tl.int32)), 0)  # by rows it crashes the compiler for sm_100
     return tl.min(good.to(tl.int32) & finite, 0) != 0
 
 
