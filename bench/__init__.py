@@ -1,12 +1,14 @@
-"""Benchmarks on an NVIDIA GPU: `python -m bench run`, `python -m bench plot`.
+"""Benchmarks on an NVIDIA GPU: `python -m bench run`, `python -m bench tune`, `python -m bench plot`.
 
 What is timed
     fwd      the forward as training runs it, with what it saves for the backward
     bwd      the gradients of a saved forward for given cotangents, alone
     fwdbwd   both, without an optimiser
-Times are device times: of CUDA graph replays in torch, of calls chained inside one jit in JAX (see timing.py). All ratios
-come from one run on one GPU. Beside them stand the host's time for one eager call of ours (host us), the distance from
-float64, and, counted from the plans without running them, the launches and bytes of ours.
+Times are device times: of CUDA graph replays in torch; in JAX of calls chained inside one jit, or the sum of their kernels'
+times by the profiler where launching takes XLA longer than running (see timing.py). All ratios come from one run on one GPU.
+Beside them stand the host's time for one eager call of a norm (with and without gradients), the distance from float64 (who is
+too far from it is printed as wrong, without a time), and, counted from the plans without running them, the launches and bytes
+of ours.
 A row says how many input sets its calls rotate over; by default they exceed the L2 cache.
 """
 

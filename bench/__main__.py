@@ -1,4 +1,4 @@
-"""Command line: `python -m bench run`, `python -m bench plot`."""
+"""Command line: `python -m bench run`, `tune` and `plot`."""
 
 from __future__ import annotations
 
@@ -20,10 +20,19 @@ def main() -> None:
     run.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     run.add_argument("--mode", default="both", choices=("fwd", "bwd", "both"), help="bwd covers fwdbwd too")
     run.add_argument("--out", type=Path, help="default: bench/results/<gpu>-<what>.jsonl")
-    run.add_argument("--budget", type=float, help="seconds after which nothing new is started")
+    run.add_argument("--limit-s", type=float, help="seconds after which nothing new is started")
+    run.add_argument("--workers", type=int, default=0, help="compile in so many processes first")
+    run.add_argument("--warm", action="store_true", help="compile only, what such a process does")
     run.add_argument("--hot", action="store_true", help="one input set, in the cache where it fits")
-    run.add_argument("--profile", action="store_true", help="also sum kernel times of JAX's chains with JAX's profiler")
     run.add_argument("--commit", help="what the rows name, where the tree has no git")
+
+    tune = commands.add_parser("tune", help="time the configurations that rooms offer, write mmattn/tuned.json")
+    tune.add_argument("what", choices=(*shapes.GROUPS, *(op for op in shapes.OPS if op != "model")))
+    tune.add_argument("--shapes", nargs="+", choices=names)
+    tune.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    tune.add_argument("--limit-s", type=float, help="seconds after which nothing new is timed; what is settled is stored")
+    tune.add_argument("--workers", type=int, default=0, help="compile in so many processes first")
+    tune.add_argument("--warm", action="store_true", help="store nothing, what such a process does")
 
     plot = commands.add_parser("plot", help="draw docs/figures/<op>.png from the newest rows")
     plot.add_argument("files", nargs="*", type=Path, help="default: bench/results/*.jsonl")
@@ -36,26 +45,24 @@ def main() -> None:
 
         plot(arguments.files, arguments.dtype, arguments.out)
         return
+    if arguments.command == "tune":
+        from .tune import tune
+
+        tune(arguments.what, arguments.shapes, arguments.dtype, arguments.limit_s, arguments.workers, arguments.warm)
+        return
 
     from .providers import PROVIDERS
-    from .run import run
+    from .run import run, warm
 
     known = {name for providers in PROVIDERS.values() for name in providers}
     unknown = sorted(set(arguments.providers or ()) - known)
     if unknown:
         parser.error(f"unknown providers {', '.join(unknown)}; there are {', '.join(sorted(known))}")
-    run(
-        arguments.what,
-        arguments.shapes,
-        arguments.providers,
-        arguments.dtype,
-        arguments.mode,
-        arguments.out,
-        arguments.budget,
-        arguments.hot,
-        arguments.profile,
-        arguments.commit,
-    )
+    named = (arguments.what, arguments.shapes, arguments.providers, arguments.dtype, arguments.mode)
+    if arguments.warm:
+        warm(*named)
+    else:
+        run(*named, arguments.out, arguments.limit_s, arguments.hot, arguments.commit, arguments.workers)
 
 
 if __name__ == "__main__":

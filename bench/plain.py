@@ -1,7 +1,7 @@
 """The formulas as users write them today, over either framework: what the kernels are compared with.
 
 `Torch(attention)` and `Jax(attention)` have the public operations under their public names; `attention` takes and returns
-(B, L, H, d).
+(B, L, H, d), and a mask over the keys (B, L) where a problem has one.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 RMS_EPS = 1.1920929e-7
 
@@ -19,7 +20,7 @@ class Plain:
         self.attention = attention
 
     def layernorm_adaln(self, x, scale, shift):
-        return self.layer_norm(x) * (1 + scale[:, None]) + shift[:, None]
+        return self.layer(x) * (1 + scale[:, None]) + shift[:, None]
 
     def rmsnorm_adaln(self, x, scale, shift):
         return self.rms(x, None, 1e-6) * (1 + scale[:, None]) + shift[:, None]
@@ -30,8 +31,12 @@ class Plain:
     def gated_residual(self, residual, h, gate):
         return residual + gate[:, None] * h
 
-    def joint_attention(self, q, k, v):
-        return self.attention(q, k, v)
+    def gated_residual_norm_adaln(self, residual, h, gate, scale, shift):
+        r = self.gated_residual(residual, h, gate)
+        return r, self.layernorm_adaln(r, scale, shift)
+
+    def joint_attention(self, q, k, v, *, key_masks=()):
+        return self.attention(q, k, v, *key_masks)
 
     def qk_norm_rope_attention(self, qkv, q_weight, k_weight, *, over, cos, sin):
         def joint(part, weights):
@@ -88,8 +93,11 @@ class Torch(Plain):
     stack = staticmethod(partial(torch.stack, dim=-1))
     chunk = staticmethod(partial(torch.chunk, dim=-1))
 
-    def layer_norm(self, x):
+    def layer(self, x):
         return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+    def layer_norm(self, x, weight, bias):
+        return F.layer_norm(x, x.shape[-1:], weight, bias, 1e-6)
 
     def rms(self, x, weight, eps):
         return F.rms_norm(x, x.shape[-1:], weight, eps)
@@ -101,8 +109,20 @@ class Torch(Plain):
         return x.to(y.dtype)
 
 
-def sdpa(q, k, v):
-    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+def sdpa(q, k, v, keys=None):
+    mask = None if keys is None else keys[:, None, None]
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
+
+
+def sdpa_by(backend: SDPBackend):
+    """sdpa that names its backend itself: around a compiled function the choice would not reach what is compiled, and the
+    functions of two backends would share their code."""
+
+    def attend(*arrays):
+        with sdpa_kernel(backend):
+            return sdpa(*arrays)
+
+    return attend
 
 
 class Jax(Plain):
@@ -110,7 +130,11 @@ class Jax(Plain):
         import jax
         import jax.numpy as jnp
 
-        super().__init__(partial(jax.nn.dot_product_attention, implementation=implementation))
+        def attend(q, k, v, keys=None):
+            mask = None if keys is None else keys[:, None, None]
+            return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
+
+        super().__init__(attend)
         self.silu = jax.nn.silu
         self.cat, self.stack = partial(jnp.concatenate, axis=1), partial(jnp.stack, axis=-1)
         self.rsqrt, self.float32 = jax.lax.rsqrt, jnp.float32
@@ -119,10 +143,16 @@ class Jax(Plain):
     def linear(self, x, weight, bias):
         return x @ weight.T + bias
 
-    def layer_norm(self, x):
+    def layer(self, x):
+        return self.like(self.centred(x), x)
+
+    def layer_norm(self, x, weight, bias):
+        return self.like(self.centred(x) * weight + bias, x)
+
+    def centred(self, x):
         wide = self.wide(x)
         centred = wide - wide.mean(-1, keepdims=True)
-        return self.like(centred * self.rsqrt((centred * centred).mean(-1, keepdims=True) + 1e-6), x)
+        return centred * self.rsqrt((centred * centred).mean(-1, keepdims=True) + 1e-6)
 
     def rms(self, x, weight, eps):
         wide = self.wide(x)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 import mmattn
 import mmattn_torch
@@ -97,9 +97,12 @@ def norm_problem(op: str, name: str, shape: shapes.Norm, dtype: torch.dtype, hot
         "layernorm_adaln": lambda: (x(), row(), row()),
         "rmsnorm_adaln": lambda: (x(), row(), row()),
         "rms_norm": lambda: (x(), normal(D, dtype=dtype, mean=1.0)),
+        "layer_norm": lambda: (x(), normal(D, dtype=dtype, mean=1.0), normal(D, dtype=dtype)),
         "gated_residual": lambda: (x(), x(), row()),
+        "gated_residual_norm_adaln": lambda: (x(), x(), row(), row(), row()),
     }[op]
-    sets = input_sets(lambda: Set(arrays(), (x(grad=False),)), hot)
+    outs = 2 if op == "gated_residual_norm_adaln" else 1
+    sets = input_sets(lambda: Set(arrays(), tuple(x(grad=False) for _ in range(outs))), hot)
     sample = tuple(np.s_[:1] if a.shape[0] == B and a.dim() > 1 else None for a in sets[0].arrays)
     return Problem(op, name, shape, dtype, lambda ops, *arrays: getattr(ops, op)(*arrays), sets, sample)
 
@@ -109,9 +112,13 @@ def attention_problem(op: str, name: str, shape: shapes.Attention, dtype: torch.
     unit = lambda: F.rms_norm(normal(*size, dtype=torch.float32, grad=False), size[-1:]).to(dtype).requires_grad_()
     make = lambda: Set((unit(), unit(), normal(*size, dtype=dtype)), (normal(*size, dtype=dtype, grad=False),))
     part = np.s_[:1, :, :2]
-    return Problem(
-        op, name, shape, dtype, lambda ops, q, k, v: ops.joint_attention(q, k, v), input_sets(make, hot), (part,) * 3, part
-    )
+    constants = {}
+    if shape.padded:  # nothing of the first sample, which is the one that is checked: formulas differ in what hidden queries see
+        B, L = size[:2]
+        lengths = L - torch.arange(B, device=DEVICE) % 4 * (L // 8)
+        constants = dict(key_masks=(torch.arange(L, device=DEVICE) < lengths[:, None],))
+    formula = lambda ops, *qkv, **masks: ops.joint_attention(*qkv, **masks)
+    return Problem(op, name, shape, dtype, formula, input_sets(make, hot), (part,) * 3, part, constants)
 
 
 def whole_problem(op: str, name: str, shape: shapes.Whole, dtype: torch.dtype, hot: bool) -> Problem:
@@ -181,8 +188,9 @@ def exact(p: Problem, mode: str) -> tuple[Tensor, ...]:
     """The sampled outputs (fwd) or gradients (bwd) in float64."""
     arrays, douts = p.sets[0]
     arrays = [(a if s is None else a[s]).detach().double().requires_grad_() for a, s in zip(arrays, p.sample, strict=True)]
+    constants = {name: tuple(m[:1] for m in x) if name == "key_masks" else x for name, x in p.constants.items()}
     with mmattn_torch.implementation("reference"):
-        outs = tuple_of(p.formula(p.exact, *arrays, **p.constants))
+        outs = tuple_of(p.formula(p.exact, *arrays, **constants))
     if mode == "fwd":
         return tuple(o.detach() for o in outs)
     wanted = [a for a, s in zip(arrays, p.sample, strict=True) if s is not None]
@@ -248,23 +256,13 @@ def ours_torch(p: Problem) -> Work:
     return torch_work(p, mmattn_torch)
 
 
-def eager(p: Problem, **how) -> Work:
-    return torch_work(p, plain.Torch(plain.sdpa), **how)
+def eager(p: Problem, attend: Callable = plain.sdpa, **how) -> Work:
+    return torch_work(p, plain.Torch(attend), **how)
 
 
-def compiled(p: Problem, **how) -> Work:
-    work = eager(p, **how)
+def compiled(p: Problem, attend: Callable = plain.sdpa, **how) -> Work:
+    work = eager(p, attend, **how)
     return work._replace(fn=torch.compile(work.fn, dynamic=False))
-
-
-def with_backend(backend: SDPBackend, provider: Callable[[Problem], Work], p: Problem) -> Work:
-    work = provider(p)
-
-    def fn(*arrays):
-        with sdpa_kernel(backend):
-            return work.fn(*arrays)
-
-    return work._replace(fn=fn)
 
 
 def flex(p: Problem) -> Work:
@@ -355,8 +353,8 @@ def flash_attention_3_jax(p: Problem) -> Work:
 def by_stream(p: Problem) -> Problem:
     """The same problem with q, k, v and the output cut into the streams."""
     tokens, n = p.shape.tokens, len(p.shape.tokens)
-    if n == 1:
-        raise ValueError("the shape has one stream")
+    if n == 1 or p.constants:
+        raise ValueError("the shape has one stream" if n == 1 else "the shape is padded")
     cut = lambda x: tuple(part.contiguous() for part in x.detach().split(tokens, 1))
     sets = [
         Set(tuple(part.requires_grad_() for x in s.arrays for part in cut(x)), tuple(part for x in s.douts for part in cut(x)))
@@ -402,7 +400,8 @@ def ours_jax_model(p: ModelProblem, **how) -> Work:
     return Work("jax", fn, [Set((*to_jax(s.arrays[:3]), params), to_jax(s.douts)) for s in p.sets], **how)
 
 
-SDPA = dict(cudnn=SDPBackend.CUDNN_ATTENTION, flash=SDPBackend.FLASH_ATTENTION, efficient=SDPBackend.EFFICIENT_ATTENTION)
+BACKENDS = dict(cudnn=SDPBackend.CUDNN_ATTENTION, flash=SDPBackend.FLASH_ATTENTION, efficient=SDPBackend.EFFICIENT_ATTENTION)
+SDPA = {name: plain.sdpa_by(backend) for name, backend in BACKENDS.items()}
 OURS = {"ours-torch": ours_torch, "ours-jax": ours_jax}
 NORM = OURS | {"eager": eager, "compile": compiled, "xla": xla}
 CUDNN_JAX = partial(xla, attention="cudnn")
@@ -411,15 +410,18 @@ PROVIDERS: dict[str, dict[str, Callable[[Problem], Work]]] = {
     "layernorm_adaln": NORM,
     "rmsnorm_adaln": NORM | {"liger": liger_rmsnorm_adaln},
     "rms_norm": NORM | {"liger": liger_rms_norm, "quack": quack},
+    "layer_norm": NORM,
     "gated_residual": NORM,
+    "gated_residual_norm_adaln": NORM,
     "joint_attention": OURS
     | {f"{name}-streams": partial(ours_by_stream, provider) for name, provider in OURS.items()}
-    | {f"sdpa-{name}": partial(with_backend, backend, eager) for name, backend in SDPA.items()}
+    | {f"sdpa-{name}": partial(eager, attend=attend) for name, attend in SDPA.items()}
     | {"flex": flex, "flash-attn-4": flash_attention_4, "xla": xla, "cudnn-jax": CUDNN_JAX}
     | {"flash-attn3-jax": flash_attention_3_jax},
     "qk_norm_rope_attention": OURS
     | {"eager": eager}
-    | {f"compile-{name}": partial(with_backend, backend, compiled) for name, backend in SDPA.items()}
+    | {f"compile-{name}": partial(compiled, attend=attend) for name, attend in SDPA.items()}
+    | {"compile-cudnn-apart": partial(compiled, attend=torch.compiler.disable(SDPA["cudnn"]))}
     | {"xla": xla, "cudnn-jax": CUDNN_JAX},
     "model": {
         "ours-torch": partial(ours_model, **PLAIN),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import gc
 import json
@@ -9,10 +10,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import jax
 import torch
 from torch._functorch import config as functorch_config
 
@@ -23,6 +26,7 @@ from . import shapes, timing
 from .providers import PROVIDERS, Count, Problem, Work, as_torch, count, exact, problem, sampled
 
 RESULTS = Path(__file__).parent / "results"
+WRONG = dict(bfloat16=3e-2, float16=5e-3, float32=2e-3)  # relative errors beyond which a time says nothing
 FLOPS = dict(fwd=4.0, bwd=10.0, fwdbwd=14.0)  # per score and element of a head; a backward counts 2.5 forwards
 COPY = "copy"  # moves the bytes that the op has to move, as a provider of its own
 
@@ -79,39 +83,56 @@ def jax_function(work: Work, mode: str) -> tuple[Callable, list[tuple]]:
     return lambda arrays, douts: jax.vjp(work.fn, *arrays)[1](douts), [(s.arrays, s.douts) for s in work.sets]
 
 
-def timed(times: list[float], error=None, host_us=None, kernels_us=None) -> dict:
+class Wrong(Exception):
+    """A provider's results are not the problem's."""
+
+
+def timed(times: list[float], error=None, host_us=None, host_no_grad_us=None, kernels_us=None) -> dict:
+    """device_us is what providers are compared by: a call's time, or its kernels' where only launching them takes longer."""
     p20, p50, p80 = timing.quantiles(times)
-    return dict(p20_us=p20, p50_us=p50, p80_us=p80, error=error, host_us=host_us, kernels_us=kernels_us)
+    host = dict(host_us=host_us, host_no_grad_us=host_no_grad_us)
+    device = p50 if kernels_us is None else min(p50, kernels_us)
+    return dict(p20_us=p20, p50_us=p50, p80_us=p80, kernels_us=kernels_us, device_us=device, error=error, **host)
 
 
-def measure(p: Problem, provider: str, work: Work, mode: str, exact_results, profile: bool) -> dict:
-    kernels = host = None
+def measure(p: Problem, work: Work, mode: str, exact_results) -> dict:
+    kernels = host = host_no_grad = None
     if work.framework == "torch":
         calls = torch_calls(work, mode)
         with torch.cuda.stream(timing.stream()):
             results = calls[0]()
             error = relative_error(p, mode, work, results, exact_results)
         times = (timing.graph if work.graph else timing.eager)(calls)
-        if provider == "ours-torch" and work.graph:
+        if p.op in shapes.GROUPS["norms"]:
             host = timing.host(calls[0])
+            if mode == "fwd":
+                with torch.no_grad():
+                    host_no_grad = timing.host(calls[0])
     else:
         import jax
 
         fn, sets = jax_function(work, mode)
         error = relative_error(p, mode, work, jax.block_until_ready(jax.jit(fn)(*sets[0])), exact_results)
         if work.graph:
-            times, kernels = timing.chain(fn, sets, profile)
+            times, kernels = timing.chain(fn, sets)
         else:
             times = timing.jitted(fn, sets)
-    return timed(times, error, host, kernels)
+    return timed(times, error, host, host_no_grad, kernels)
 
 
-def relative_error(p: Problem, mode: str, work: Work, results, exact_results) -> float | None:
-    """Largest ||x - float64|| / ||float64|| of the outputs or gradients of the first input set."""
+def relative_error(p: Problem, mode: str, work: Work, results, exact_results, limit: float | None = None) -> float | None:
+    """Largest ||x - float64|| / ||float64|| of the outputs or gradients of the first input set; Wrong if beyond the limit."""
     if exact_results is None:
         return None
     pairs = zip(sampled(p, mode, as_torch(work.common(results))), exact_results, strict=True)
-    return max(((x.double() - y).norm() / y.norm()).item() for x, y in pairs)
+    error = max(((x.double() - y).norm() / y.norm()).item() for x, y in pairs)
+    if not error <= (limit or WRONG[dtype_of(p)]):
+        raise Wrong(f"relative error {error:.1e} from float64")
+    return error
+
+
+def dtype_of(p: Problem) -> str:
+    return str(p.dtype).removeprefix("torch.")
 
 
 def rates(p: Problem, mode: str, us: float, counted: Count | None, top: dict) -> dict:
@@ -136,11 +157,11 @@ def peer(row: dict) -> bool:
 
 def summary(rows: list[dict], top: dict) -> dict:
     """Each provider's time against the best peer's, and its bandwidth against a large copy's."""
-    best = min(filter(peer, rows), key=lambda row: row["p50_us"], default=None)
+    best = min(filter(peer, rows), key=lambda row: row["device_us"], default=None)
     return dict(
         best_peer=best and best["provider"],
-        best_peer_us=best and best["p50_us"],
-        times_best_peer={row["provider"]: best["p50_us"] / row["p50_us"] for row in rows} if best else {},
+        best_peer_us=best and best["device_us"],
+        times_best_peer={row["provider"]: best["device_us"] / row["device_us"] for row in rows} if best else {},
         of_copy={row["provider"]: row["tb_s"] / top["copy_tb_s"] for row in rows if "tb_s" in row},
     )
 
@@ -148,6 +169,7 @@ def summary(rows: list[dict], top: dict) -> dict:
 def table(rows: list[dict], ratios: dict) -> str:
     columns = {
         "provider": lambda r: r["provider"],
+        "device us": lambda r: f"{r['device_us']:.1f}",
         "p50 us": lambda r: f"{r['p50_us']:.1f}",
         "p20 - p80": lambda r: f"{r['p20_us']:.1f} - {r['p80_us']:.1f}",
         "TB/s": lambda r: f"{r['tb_s']:.2f}" if "tb_s" in r else "",
@@ -158,7 +180,7 @@ def table(rows: list[dict], ratios: dict) -> str:
         "x best peer": lambda r: f"{ratios['times_best_peer'][r['provider']]:.2f}" if ratios["times_best_peer"] else "",
         "error": lambda r: f"{r['error']:.1e}" if r["error"] is not None else "",
         "host us": lambda r: f"{r['host_us']:.1f}" if r["host_us"] is not None else "",
-        "kernels us": lambda r: f"{r['kernels_us']:.1f}" if r["kernels_us"] is not None else "",
+        "host no_grad us": lambda r: f"{r['host_no_grad_us']:.1f}" if r["host_no_grad_us"] is not None else "",
     }
     lines = [[name, *map(cell, rows)] for name, cell in columns.items()]
     lines = [column for column in lines if any(column[1:])]
@@ -181,8 +203,8 @@ def reason(error: Exception) -> str:
 class Session:
     """Where rows go, what they all say, and how much time is left."""
 
-    def __init__(self, out: Path, budget: float | None, about: dict):
-        self.about, self.deadline = about, None if budget is None else time.monotonic() + budget
+    def __init__(self, out: Path, limit_s: float | None, about: dict):
+        self.about, self.deadline = about, None if limit_s is None else time.monotonic() + limit_s
         out.parent.mkdir(parents=True, exist_ok=True)
         self.file = out.open("a")
 
@@ -197,9 +219,9 @@ class Session:
         return self.deadline is not None and time.monotonic() > self.deadline
 
 
-def run_problem(session: Session, p: Problem, modes: Iterable[str], providers: list[str], top: dict, profile: bool) -> None:
+def run_problem(session: Session, p: Problem, modes: Iterable[str], providers: list[str], top: dict) -> None:
     where = f"{p.op} {p.name}"
-    dtype = str(p.dtype).removeprefix("torch.")
+    dtype = dtype_of(p)
     modes = [mode for mode in p.modes if mode in modes]
     about = dict(op=p.op, shape=p.name, sizes=shapes.text(p.shape), dtype=dtype, sets=len(p.sets))
     counts = {} if p.op == "model" else count(p)
@@ -210,23 +232,25 @@ def run_problem(session: Session, p: Problem, modes: Iterable[str], providers: l
     def note(provider: str, mode: str, measured: dict):
         counted = counts.get(mode)
         ours = dict(launches=counted.launches, plan_bytes=counted.bytes) if counted and provider.startswith("ours") else {}
-        rated = rates(p, mode, measured["p50_us"], counted, top)
+        rated = rates(p, mode, measured["device_us"], counted, top)
         rows[mode].append(session.write("time", **about, mode=mode, provider=provider, **measured, **rated, **ours))
 
     for name in providers:
         if session.over:
-            print(f"{where}: budget spent, {name} and those after it not reached", flush=True)
+            print(f"{where}: time is up, {name} and those after it not reached", flush=True)
             break
         work, mode = None, "build"
         try:
             work = PROVIDERS[p.op][name](p)
             for mode in modes:
-                note(name, mode, measure(p, name, work, mode, results[mode], profile))
+                note(name, mode, measure(p, work, mode, results[mode]))
+        except Wrong as error:
+            print(f"{where}: {name} is wrong at {mode}: {error}", flush=True)
+            session.write("wrong", **about, mode=mode, provider=name, why=str(error))
         except Exception as error:  # a provider that cannot take the problem must not end the run
             print(f"{where}: {name} skipped at {mode}: {reason(error)}", flush=True)
         del work
-        gc.collect()
-        torch.cuda.empty_cache()
+        clear()
     if p.op in shapes.GROUPS["norms"] and not session.over:
         for mode in modes:
             note(COPY, mode, timed(timing.copy_time(counts[mode].least, len(p.sets))))
@@ -238,12 +262,31 @@ def run_problem(session: Session, p: Problem, modes: Iterable[str], providers: l
             print(table(rows[mode], ratios), flush=True)
 
 
+def together(commands: list[list[str]], workers: int) -> None:
+    """Run `python -m bench` several times at once: what they compile stays on disk."""
+    alone = lambda command: subprocess.run([sys.executable, "-m", "bench", *command], stdout=subprocess.DEVNULL)
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(alone, commands))
+
+
+def warm(what: str, shape_names: list[str] | None, provider_names: list[str] | None, dtype: str, mode: str) -> None:
+    """Run every torch provider once on one input set."""
+    functorch_config.donated_buffer = False
+    for op, name in shapes.cases(what, shape_names):
+        p = problem(op, name, getattr(torch, dtype), hot=True)
+        for provider in PROVIDERS[op]:
+            with contextlib.suppress(Exception):  # the run itself will say
+                if (provider_names is None or provider in provider_names) and "jax" not in provider and provider != "xla":
+                    torch_calls(PROVIDERS[op][provider](p), "fwd" if mode == "fwd" else "bwd")[0]()
+            clear()
+
+
 def clear() -> None:
-    """Nothing of one problem may stay for the next, compiled code for other shapes least of all."""
+    """Nothing of one provider may stay for the next: compiled code of one function would serve another that looks the same."""
     gc.collect()
     torch._dynamo.reset()
     torch.cuda.empty_cache()
-    sys.modules["jax"].clear_caches()
+    jax.clear_caches()
 
 
 def run(
@@ -253,23 +296,27 @@ def run(
     dtype: str,
     mode: str,
     out: Path | None,
-    budget: float | None,
+    limit_s: float | None,
     hot: bool,
-    profile: bool,
     commit: str | None,
+    workers: int,
 ) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("bench run: torch sees no GPU; the benchmark needs an NVIDIA GPU.")
     mmattn_torch.implementation("triton")  # never a silent fall back
     mmattn_jax.implementation("triton")
     functorch_config.donated_buffer = False  # a saved forward is differentiated many times
-    ops = shapes.GROUPS.get(what, (what,))
-    cases = [(op, name) for op in ops for name in shape_names or shapes.OPS[op] if name in shapes.OPS[op]]
+    cases = shapes.cases(what, shape_names)
     modes = dict(fwd=("fwd",), bwd=("bwd", "fwdbwd"), both=("fwd", "bwd", "fwdbwd"))[mode]
+    if workers:
+        named = ["--providers", *provider_names] if provider_names else []
+        together(
+            [["run", op, "--shapes", name, *named, "--dtype", dtype, "--mode", mode, "--warm"] for op, name in cases], workers
+        )
     about = machine(commit)
     slug = about["gpu"].removeprefix("NVIDIA ").replace(" ", "-").lower()
     out = out or RESULTS / f"{slug}-{what}.jsonl"
-    session = Session(out, budget, about)
+    session = Session(out, limit_s, about)
     top = timing.ceilings()
     session.write("machine", **top)
     print(", ".join(f"{name} {value}" for name, value in about.items()))
@@ -280,11 +327,11 @@ def run(
     )
     for i, (op, name) in enumerate(cases):
         if session.over:
-            print("budget spent, not reached: " + ", ".join(" ".join(case) for case in cases[i:]))
+            print("time is up, not reached: " + ", ".join(" ".join(case) for case in cases[i:]))
             break
         providers = [provider for provider in PROVIDERS[op] if provider_names is None or provider in provider_names]
         try:
-            run_problem(session, problem(op, name, getattr(torch, dtype), hot), modes, providers, top, profile)
+            run_problem(session, problem(op, name, getattr(torch, dtype), hot), modes, providers, top)
         except Exception as error:  # out of memory for one shape must not end the run
             print(f"{op} {name} skipped: {reason(error)}", flush=True)
         clear()

@@ -18,6 +18,7 @@ class Attention(NamedTuple):
     heads: int
     tokens: tuple[int, ...]
     width: int  # of a head
+    padded: bool = False  # whether a key mask hides up to three eighths of a sample's tokens
 
 
 class Whole(NamedTuple):
@@ -56,6 +57,7 @@ ATTENTION = {
     "sd3": Attention(4, 24, (4096, 333), 64),
     "flux": Attention(2, 24, (4096, 512), 128),
 }
+ATTENTION |= {f"{name}-padded": ATTENTION[name]._replace(padded=True) for name in ("target", "d16-long", "sd3", "flux")}
 WHOLE = {
     "target": Whole(128, 8, (186, 64), 16, "width", (True, False)),
     "sd3": Whole(4, 24, (4096, 333), 64, "head", (False, False)),
@@ -67,20 +69,27 @@ OPS = {
     "layernorm_adaln": NORM,
     "rmsnorm_adaln": NORM,
     "rms_norm": NORM,
+    "layer_norm": NORM,
     "gated_residual": NORM,
+    "gated_residual_norm_adaln": NORM,
     "joint_attention": ATTENTION,
     "qk_norm_rope_attention": WHOLE,
     "model": MODEL,
 }
 GROUPS = {
-    "norms": ("layernorm_adaln", "rmsnorm_adaln", "rms_norm", "gated_residual"),
+    "norms": tuple(op for op, named in OPS.items() if named is NORM),
     "attention": ("joint_attention", "qk_norm_rope_attention"),
     "model": ("model",),
     "all": tuple(OPS),
 }
 
 
+def cases(what: str, names: list[str] | None) -> list[tuple[str, str]]:
+    """(op, shape) of an op or a group, for the shapes named, all without."""
+    return [(op, name) for op in GROUPS.get(what, (what,)) for name in names or OPS[op] if name in OPS[op]]
+
+
 def text(shape) -> str:
     """Sizes alone: "4, 24, 4096 + 333, 64"."""
-    sizes = (x for x in shape if not isinstance(x, str) and not (isinstance(x, tuple) and isinstance(x[0], bool)))
+    sizes = (x for x in shape if not isinstance(x, str | bool) and not (isinstance(x, tuple) and isinstance(x[0], bool)))
     return ", ".join(" + ".join(map(str, x)) if isinstance(x, tuple) else str(x) for x in sizes)

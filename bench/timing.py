@@ -76,7 +76,7 @@ def eager(calls: Sequence[Callable]) -> list[float]:
         return [elapsed(work) / n for _ in range(max(5, SAMPLES // 4))]
 
 
-def host(call: Callable, n: int = 100) -> float:
+def host(call: Callable, n: int = 50) -> float:
     """Median time that one eager call keeps the host, without waiting for the device."""
     with torch.cuda.stream(stream()):
         times = []
@@ -109,10 +109,10 @@ def chained(fn: Callable, n: int) -> Callable:
     return jax.jit(chain)
 
 
-def chain(fn: Callable, sets: Sequence[tuple], profile: bool = False) -> tuple[list[float], float | None]:
-    """The time that each further call adds to a chain inside one jit; with `profile` also the sum of its kernels' times.
+def chain(fn: Callable, sets: Sequence[tuple]) -> tuple[list[float], float | None]:
+    """The time that each further call adds to a chain inside one jit, and the sum of a call's kernel times, None if unknown.
 
-    The first is at least the time that XLA's runtime needs to launch a call, which for short kernels can be the longer.
+    The first is at least the time that XLA's runtime needs to launch a call, which for short kernels is the longer.
     """
     import jax
 
@@ -138,7 +138,7 @@ def chain(fn: Callable, sets: Sequence[tuple], profile: bool = False) -> tuple[l
     times = [(wall(many) - first) / (n - 1) for _ in range(SAMPLES)]
     if min(times) <= 0:
         raise RuntimeError(f"a chain of {n} calls took no longer than one call, {first:.0f} us: too noisy to be a measurement")
-    return times, kernel_time(many) / n if profile else None
+    return times, kernel_time(many) / n or None
 
 
 def jitted(fn: Callable, sets: Sequence[tuple]) -> list[float]:
@@ -160,7 +160,7 @@ def jitted(fn: Callable, sets: Sequence[tuple]) -> list[float]:
 
 
 def kernel_time(run: Callable) -> float:
-    """Sum of the times of all kernels that a JAX program launches, from JAX's profiler."""
+    """Sum of the times of all kernels that a JAX program launches, from JAX's profiler; 0 where it cannot see them."""
     import jax
     from jax.profiler import ProfileData
 

@@ -55,8 +55,10 @@ class Unadded(NamedTuple):
 def head_width(name: str, dim: int, num_head: int, dim_head: int | None) -> int:
     """Width of one head, checked."""
     check.width(name, "dim", dim)
+    if not isinstance(num_head, int) or num_head < 1:
+        raise ValueError(f"{name}: the number of heads is {num_head!r}; expected an int, at least 1. The seed has 4.")
     if dim_head is None:
-        if num_head < 1 or dim % num_head:
+        if dim % num_head:
             raise ValueError(
                 f"{name}: dim = {dim} is not divisible by num_head = {num_head}. Choose num_head to divide it, or give dim_head."
             )
@@ -218,12 +220,15 @@ def positions(ops, m, x, start_pos):
     name, tokens, limit = type(m).__name__, x.shape[1], m.max_seq_len
     if tokens > limit:
         raise ValueError(
-            f"{name}: x has {tokens} tokens; expected at most max_seq_len = {limit}. Build the attention with a larger one."
+            f"{name}: x has {tokens} tokens; expected at most max_seq_len = {limit}. Build the attention with a larger one; "
+            "that of a GPT2Block has the default."
         )
     if start_pos is None:
         return None
     if not isinstance(start_pos, int):
-        check.shape(name, "start_pos", start_pos, ("B", (x.shape[0],)), remedy="Give an int, or one start position per sample.")
+        check.shape(
+            name, "start_pos", start_pos, ("B", (x.shape[0],)), ("", ()), remedy="Give an int, or one start position per sample."
+        )
     check.positions(name, ops.extent(start_pos), tokens, limit)
     return ops.per_sample(start_pos, x)
 
@@ -240,6 +245,7 @@ def checked_streams(name: str, m, x, context, x_mask, context_mask, has_context:
     streams, masks = ((x,), (x_mask,)) if context is None else ((x, context), (x_mask, context_mask))
     for label, s, mask in zip(("x", "context"), streams, masks, strict=False):
         check.rank(name, label, s, "B, L, D", f"Reshape {label} to batch, tokens, width.")
+        check.floating(name, label, s)
         want = (x.shape[0], s.shape[1], m.dim)
         check.shape(name, label, s, ("B, L, D", want), remedy="The module's width is dim, and all streams share the batch.")
         if mask is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 from .op import FLOATS, Row, dtype_name
 
@@ -10,6 +11,11 @@ from .op import FLOATS, Row, dtype_name
 def is_array(op: str, name: str, x) -> None:
     if not (isinstance(x, Row) or (hasattr(x, "shape") and hasattr(x, "dtype"))):
         raise TypeError(f"{op}: {name} is a {type(x).__name__}; expected an array. Convert it to this framework's array first.")
+    if isinstance(x, Row) and not (isinstance(x.index, int) and len(x.array.shape) == 3 and 0 <= x.index < x.array.shape[1]):
+        raise ValueError(
+            f"{op}: {name} is row {x.index} of an array of shape {tuple(x.array.shape)}; expected (B, M, D) and an int from 0 to "
+            "M - 1. Make the Row of a packed array where it is used; it is no argument for a jitted function."
+        )
 
 
 def shape(op: str, name: str, x, *allowed: tuple[str, tuple[int, ...]], remedy: str) -> None:
@@ -71,13 +77,11 @@ def same_dtype(op: str, name: str, x, like: str, like_name: str) -> None:
 
 def width(op: str, name: str, size: int, low: int = 8, high: int = 16384) -> None:
     if size % 8 or not low <= size <= high:
-        raise ValueError(
-            f"{op}: {name} is {size}; expected a multiple of 8 from {low} to {high}. Pad the width to the next multiple of 8."
-        )
+        raise ValueError(f"{op}: {name} is {size}; expected a multiple of 8 from {low} to {high}. Pad a narrower one with zeros.")
 
 
 def eps(op: str, value, name: str = "eps") -> float:
-    if isinstance(value, bool) or not isinstance(value, float | int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: {name} is a {type(value).__name__}; expected a Python float. Pass a number, it is compiled in.")
     if not math.isfinite(value) or value < 0:
         raise ValueError(f"{op}: {name} is {value}; expected a finite number >= 0. The usual values are 1e-6 and 1.1920929e-7.")

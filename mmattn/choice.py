@@ -32,7 +32,7 @@ def decide(call: Call, requested: str | None, default: str, device_problem: str 
     device_problem says why this device cannot run the kernels, None if it can. A request for "triton" that cannot be met
     raises RuntimeError; only "auto" falls back.
     """
-    name = call.op.name
+    name = call.name
     check.choice(name, "implementation", requested, (None, *IMPLEMENTATIONS))
     wanted = requested or default
     if wanted == "reference":
@@ -43,6 +43,21 @@ def decide(call: Call, requested: str | None, default: str, device_problem: str 
     if wanted == "triton":
         raise unmet(name, problem)
     return Explanation("reference", problem)
+
+
+def not_a_gpu(device: str) -> str:
+    return f"the kernels run on CUDA and ROCm GPUs, the arrays are on {device}"
+
+
+def old_gpu(arch: int) -> str | None:
+    return None if arch >= 80 else f"the kernels need compute capability 8.0, the GPU has {arch / 10}"
+
+
+def no_gradient(op: str, operand: str, remedy: str) -> str:
+    return (
+        f"{op}: {operand} wants a gradient, for which there is no kernel; expected a constant. "
+        f'Pass implementation="reference", which has one, or {remedy}.'
+    )
 
 
 def unmet(op: str, problem: str) -> RuntimeError:

@@ -64,6 +64,8 @@ def row_stride(x, dense: int) -> int | None:
     strides = getattr(x, "stride", None)
     if strides is None:
         return row
+    if 0 in shape:  # there is nothing to read
+        return row
     step = 1
     strides = strides()
     for size, stride in zip(reversed(shape[len(shape) - dense :]), reversed(strides[len(shape) - dense :]), strict=True):
@@ -139,12 +141,13 @@ class Op:
 
 
 class Call(NamedTuple):
-    """An op with checked operands; `result(outs)` is what the public function returns."""
+    """An op with checked operands; `result(outs)` is what the public function returns, which errors call `name`."""
 
     op: Op
     operands: dict[str, Any]
     static: tuple[tuple[str, Any], ...]
     result: Callable
+    name: str = ""
 
 
 class Operands:

@@ -23,7 +23,7 @@ from jax.interpreters import ad, batching, mlir, xla
 
 import mmattn
 from mmattn._triton import INSTALLED
-from mmattn.choice import decide, unmet
+from mmattn.choice import decide, no_gradient, not_a_gpu, old_gpu, unmet
 from mmattn.op import Call, Layout, Op, Plan, Target, flatten, owners, unflatten
 from mmattn.rows import gradient_spec
 
@@ -61,14 +61,12 @@ def target() -> Target:
 def problem(platform: str) -> str | None:
     """Why kernels cannot run on a platform, None if they can."""
     if platform not in GPUS:
-        return None if host_launch else "kernels run on CUDA and ROCm GPUs only"
+        return None if host_launch else not_a_gpu(platform)
     if not INSTALLED:
         return "triton is not installed"
     if not _jax_triton.installed():
         return "jax-triton is not installed"
-    if platform == "cuda" and target().arch < 80:
-        return f"kernels need compute capability 8.0, the GPU has {target().arch / 10}"
-    return None
+    return old_gpu(target().arch) if platform == "cuda" else None
 
 
 def launch(plan: Plan, arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
@@ -89,6 +87,7 @@ class Run(NamedTuple):
 class Form(NamedTuple):
     """What a primitive knows of its call besides the arrays."""
 
+    name: str  # of the public function
     layout: Layout
     static: tuple[tuple[str, Any], ...]
     outs: int
@@ -103,7 +102,7 @@ def bind(call: Call, requested: str | None) -> Any:
     if decide(call, requested, current(), None).path == "reference":
         return call.result(formula(op, layout, call.static, arrays))
     outs, extras = op.infer(unflatten(layout, arrays), **dict(call.static))
-    form = Form(layout, call.static, len(outs), len(extras))
+    form = Form(call.name, layout, call.static, len(outs), len(extras))
     forward, _ = primitives(op)
     return call.result(tuple(forward.bind(*align(arrays), form=form, implementation=wanted)[: form.outs]))
 
@@ -127,7 +126,7 @@ def primitives(op: Op) -> tuple[Primitive, Primitive]:
     """An op's forward and backward."""
     forward, backward = primitive(Forward(op)), primitive(Backward(op))
     ad.primitive_jvps[forward] = partial(linearize, op)
-    ad.primitive_jvps[backward] = lambda primals, tangents, **_: refuse(op)
+    ad.primitive_jvps[backward] = lambda primals, tangents, *, form, **_: refuse(form)
     return forward, backward
 
 
@@ -158,7 +157,7 @@ def lowering(half: Forward | Backward, platform: str) -> Callable:
         with no_mesh():
             why = problem(platform)
             if why is not None and implementation == "triton":
-                raise unmet(half.op.name, why)
+                raise unmet(form.name, why)
             if why is not None or any(0 in x.shape for x in arrays):  # an empty grid cannot be launched
                 return tuple(half.reference(arrays, form))
             return tuple(half.kernels(Run(target(), launch if platform in GPUS else host_launch), arrays, form))
@@ -282,7 +281,11 @@ def linearize(op: Op, operands, tangents, *, form: Form, implementation: str):
     results = [checkpoint_name(x, checkpoint_name_of(op)) for x in results]
     outs, extras = results[: form.outs], results[form.outs :]
     nothing = [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in results]
-    at = tuple(i for i, name in enumerate(owners(form.layout)) if name not in op.constant and type(tangents[i]) is not ad.Zero)
+    names = owners(form.layout)
+    at = tuple(i for i, tangent in enumerate(tangents) if type(tangent) is not ad.Zero)
+    for i in at:
+        if names[i] in op.constant:
+            raise NotImplementedError(no_gradient(form.name, names[i], "wrap it in jax.lax.stop_gradient"))
     if not at:
         return results, nothing
     residuals = [*(operands[i] for i in kept(op, form)), *(outs if op.keeps_outs else ()), *extras]
@@ -301,16 +304,16 @@ def linearize(op: Op, operands, tangents, *, form: Form, implementation: str):
 linear = Primitive("mmattn_linear")
 """residuals + tangents of the operands `at` -> tangents of the outs. It is transposed, never computed."""
 linear.multiple_results = True
-linear.def_impl(lambda *_, op, **__: refuse(op))
+linear.def_impl(lambda *_, form, **__: refuse(form))
 linear.def_abstract_eval(lambda *_, avals, **__: list(avals))
-mlir.register_lowering(linear, lambda *_, op, **__: refuse(op))
-batching.primitive_batchers[linear] = lambda *_, op, **__: refuse(op)
-ad.primitive_jvps[linear] = lambda *_, op, **__: refuse(op)
+mlir.register_lowering(linear, lambda *_, form, **__: refuse(form))
+batching.primitive_batchers[linear] = lambda *_, form, **__: refuse(form)
+ad.primitive_jvps[linear] = lambda *_, form, **__: refuse(form)
 
 
-def refuse(op: Op):
+def refuse(form: Form):
     raise NotImplementedError(
-        f"{op.name}: the kernels have a first derivative in reverse mode only; expected grad, vjp or jacrev, once. "
+        f"{form.name}: the kernels have a first derivative in reverse mode only; expected grad, vjp or jacrev, once. "
         'For forward mode (jvp, jacfwd, linearize) and for second derivatives pass implementation="reference".'
     )
 

@@ -28,9 +28,8 @@ def _vector(weight: nnx.Param) -> jax.Array:
 
 
 def _per_sample(start_pos, x: jax.Array) -> jax.Array:
-    if isinstance(start_pos, int):
-        return jnp.full((x.shape[0],), start_pos, jnp.int32)
-    return jnp.asarray(start_pos)
+    start_pos = jnp.asarray(start_pos, jnp.int32 if isinstance(start_pos, int) else None)
+    return jnp.broadcast_to(start_pos, (x.shape[0],))
 
 
 def _angles(m: nnx.Module, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -51,6 +50,11 @@ ops = SimpleNamespace(
     extent=_ops.extent,
     per_sample=_per_sample,
 )
+
+
+def _silu(x):
+    """nnx.silu as a function of this module: JAX's own cannot be pickled."""
+    return nnx.silu(x)
 
 
 def _linear(d_in: int, d_out: int, **factory) -> nnx.Linear:
@@ -206,8 +210,8 @@ class _StreamLayers(nnx.Module):
         norm = lambda: None if conditioning else LayerNorm(dim, param_dtype=param_dtype)
         self.ln_1, self.ln_2 = norm(), norm()
         if conditioning:
-            self.adaLN_modulation = Sequential([nnx.silu, _linear(dim, 6 * dim, **factory)])
-        mlp = [_linear(dim, dim_feedforward, **factory), nnx.silu, _linear(dim_feedforward, dim, **factory)]
+            self.adaLN_modulation = Sequential([_silu, _linear(dim, 6 * dim, **factory)])
+        mlp = [_linear(dim, dim_feedforward, **factory), _silu, _linear(dim_feedforward, dim, **factory)]
         self.mlp = Sequential([*mlp, *([nnx.Dropout(dropout, rngs=rngs)] if dropout else [])])
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 import mmattn
-from mmattn import Row
+from mmattn import Row, check
 from mmattn.choice import Explanation, decide
 from mmattn.op import Call, flatten
 
@@ -40,7 +40,7 @@ def checked(name: str, args, kwargs) -> Call:
     """The Call of mmattn's function. NumPy arrays take JAX's dtypes but stay NumPy's, so that their values can be checked."""
     as_jax = lambda x: x.astype(jax.dtypes.canonicalize_dtype(x.dtype)) if isinstance(x, np.ndarray) else x
     args, kwargs = jax.tree.map(as_jax, (args, kwargs))
-    return getattr(mmattn, name)(*args, **kwargs)
+    return getattr(mmattn, name)(*args, **kwargs)._replace(name=name)
 
 
 def extent(start_pos) -> tuple[int, int] | None:
@@ -48,6 +48,8 @@ def extent(start_pos) -> tuple[int, int] | None:
     if isinstance(start_pos, int):
         return start_pos, start_pos
     if not hasattr(start_pos, "shape") or 0 in start_pos.shape or isinstance(start_pos, jax.core.Tracer):
+        return None
+    if "int" not in str(start_pos.dtype):  # which is refused in other words
         return None
     if isinstance(start_pos, jax.Array) and any(d.platform != "cpu" for d in start_pos.devices()):
         return None
@@ -230,12 +232,13 @@ def explain(op: str | Callable, *args, device: jax.Device | str | None = None, *
     args    the call's arguments; a jax.ShapeDtypeStruct serves for an array.
     device  a device, or the name of a platform ("cuda", "cpu", ...); None: where jax.jit would run the call.
 
-    Raises RuntimeError, as the call would, if implementation="triton" is asked for and cannot be met.
+    Raises what the call itself would raise.
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
-    if name not in OPS:
-        raise ValueError(f"explain: op is {name!r}; expected one of {', '.join(OPS)}. Pass a public op or its name.")
+    check.choice("explain", "op", name, tuple(OPS))
     requested = kwargs.pop("implementation", None)
+    if kwargs.get("start_pos") is not None:
+        kwargs["start_extent"] = extent(kwargs["start_pos"])
     call = checked(name, args, kwargs)
     explanation = decide(call, requested, current(), _bind.problem(platform_of(device, jax.tree.leaves((args, kwargs)))))
     if explanation.path == "triton" and any(0 in x.shape for x in flatten(call.op, call.operands)[0]):
@@ -246,5 +249,5 @@ def explain(op: str | Callable, *args, device: jax.Device | str | None = None, *
 def platform_of(device: jax.Device | str | None, arrays) -> str:
     device = device or next((d for x in arrays if isinstance(x, jax.Array) and x.committed for d in x.devices()), None)
     device = device or jax.config.jax_default_device or jax.devices()[0]
-    platform = device if isinstance(device, str) else device.platform
+    platform = device.partition(":")[0] if isinstance(device, str) else device.platform
     return "cuda" if platform == "gpu" else platform

@@ -3,54 +3,79 @@
 An op gets two operators, the stable face for torch.compile, export and dispatch modes; both always launch kernels:
     mmattn::<op>_fwd(Tensor[] arrays, str call) -> Tensor[]                  outs, then residuals
     mmattn::<op>_bwd(Tensor[] kept, Tensor[] douts, str call) -> Tensor[]    gradients of what is neither constant nor passed
-`call` is the text of (layout, static): where the arrays belong, and the static arguments. No size of an array is in it, so
-that a dynamic length does not change it.
+`call` is the text of (name, layout, static): the public function, where the arrays belong, and the static arguments. No size of
+an array is in it, so that a dynamic length does not change it.
 
-Autograd is a Function in the operators' Autograd kernels. Plain eager calls apply it directly, which saves a dispatch; any
-other call (compiling, torch.func, tensor subclasses) goes through the operator, so one code path serves every transform.
+Autograd is a Function in the operators' Autograd kernels. Any call that somebody may want to see or transform (compiling,
+torch.func, dispatch modes, tensor subclasses, forward mode, a profiler) goes through the operator, so one code path serves all
+of them. A plain eager call replays the launches of the first call that looked like it: with kernels as short as these, whatever
+the host does per call is what the caller waits for.
 """
 
 from __future__ import annotations
 
 import ast
+import operator
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
+from itertools import accumulate, zip_longest
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch._functorch.autograd_function import enable_single_level_autograd_function
-from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
+from torch.nn import Parameter
 
 import mmattn
-from mmattn.choice import Explanation, decide
-from mmattn.op import DTYPE_NAMES, Call, Layout, Op, Operands, Plan, Spec, Target, flatten, owners, row_stride, unflatten
+from mmattn._triton import triton
+from mmattn.choice import Explanation, decide, no_gradient, not_a_gpu, old_gpu
+from mmattn.op import DTYPE_NAMES, UNUSED, Call, Layout, Op, Operands, Plan, Spec, Target, flatten, owners, row_stride, unflatten
 
+from . import _choice
 from ._choice import current
-from ._fold import fold, fold_operand, lead, unfold
+from ._fold import fold, fold_operands, lead, unfold
 from ._fused import FUSED
 
 DTYPE_NAMES.update({x: str(x).removeprefix("torch.") for x in vars(torch).values() if isinstance(x, torch.dtype)})
 
 
+@cache
+def dense(spec: Spec) -> tuple:
+    """Shape, strides and dtype of a contiguous tensor."""
+    strides = accumulate((max(n, 1) for n in spec.shape[:0:-1]), operator.mul, initial=1)
+    return tuple(spec.shape), tuple(strides)[::-1][: len(spec.shape)], getattr(torch, spec.dtype)
+
+
 def empty(spec: Spec, device: torch.device) -> Tensor:
-    """An output, not yet written."""
-    return torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
+    """An output, not yet written; on a GPU the current one, as compiled code allocates: torch.empty takes three times as long."""
+    shape, strides, dtype = dense(spec)
+    if device.type == "cuda":
+        return torch._C._dynamo.guards._empty_strided_cuda(shape, strides, dtype)
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
-def launch(plan: Plan, arrays: Sequence[Tensor], outs: Sequence[Tensor]) -> Callable[..., None]:
-    """One launch on the current GPU. Returns what launches the plan again, on pointers of the same dtypes and alignment.
+def launch(plan: Plan, arrays: Sequence[Tensor], outs: Sequence[Tensor]) -> Callable[[list[int]], None]:
+    """One launch on the current GPU. Returns what launches the plan again, on addresses of the same dtypes and alignment.
 
     Triton looks a kernel up by the type and alignment of every argument, which takes it longer than small kernels run.
     """
     options = dict(num_warps=plan.warps, num_stages=plan.stages, enable_fp_fusion=False)
     compiled = plan.kernel[plan.grid](*arrays, *outs, *plan.ints.values(), **plan.meta, **options)
-    launcher = compiled[(*plan.grid, 1, 1)[:3]]
     constants = (*plan.ints.values(), *(plan.meta[name] for name in plan.kernel.arg_names if name in plan.meta))
-    return lambda *pointers: launcher(*pointers, *constants)
+    grid, run, function, packed = (*plan.grid, 1, 1)[:3], compiled.run, compiled.function, compiled.packed_metadata
+    runtime, stream, device = triton.knobs.runtime, torch._C._cuda_getCurrentRawStream, torch.cuda.current_device()
+
+    def again(addresses: list[int]) -> None:
+        if runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:  # a profiler of Triton's
+            compiled[grid](*addresses, *constants)
+        else:
+            run(*grid, stream(device), function, packed, None, None, None, *addresses, *constants)
+
+    return again
 
 
 def constant_under_compile(function: Callable) -> Callable:
@@ -73,11 +98,10 @@ def constant(x):
 def problem(device: torch.device) -> str | None:
     """Why the kernels cannot run on a device, None if they can."""
     if device.type != "cuda":
-        return f"the kernels run on CUDA GPUs, the tensors are on {device.type}"
+        return not_a_gpu(device.type)
     if not torch.cuda.is_available():
         return "torch sees no CUDA GPU"
-    arch = target(device).arch
-    return None if arch >= 80 else f"the kernels need compute capability 8.0, the GPU has {arch / 10}"
+    return old_gpu(target(device).arch)
 
 
 @cache
@@ -89,21 +113,38 @@ def target(device: torch.device) -> Target:
 
 
 class Step:
-    """One launch of a program: where its inputs lie among the arrays so far, and what launches it again."""
+    """One launch of a program, and where its inputs and then its outputs lie among the program's arrays."""
 
-    def __init__(self, plan: Plan, inputs: tuple[int, ...]):
-        self.plan, self.inputs, self.again = plan, inputs, None
+    def __init__(self, plan: Plan, inputs: list[int], outs: range):
+        self.plan, self.inputs, self.outs, self.at, self.again = plan, inputs, outs, [*inputs, *outs], None
 
-    def __call__(self, arrays: list[Tensor], device: torch.device) -> tuple[Tensor, ...]:
-        outs = tuple(empty(out, device) for out in self.plan.outs)
-        inputs = [arrays[i] for i in self.inputs]
+    def first(self, arrays: list[Tensor]) -> None:
+        """The launch, before there is `again`."""
         if 0 in self.plan.grid:
-            return tuple(out.zero_() for out in outs)
-        if self.again is None:
-            self.again = launch(self.plan, inputs, outs)
+            for i in self.outs:
+                arrays[i].zero_()
         else:
-            self.again(*inputs, *outs)
-        return outs
+            self.again = launch(self.plan, [arrays[i] for i in self.inputs], [arrays[i] for i in self.outs])
+
+
+def follow(steps: Sequence[Step], arrays: list[Tensor], addresses: list[int], device: torch.device) -> None:
+    """Launch steps; each one's outputs and their addresses join the arrays."""
+    for step in steps:
+        for out in step.plan.outs:
+            x = spare(device) if out is UNUSED else empty(out, device)
+            arrays.append(x)
+            addresses.append(x.data_ptr())
+        again = step.again
+        if again is None:
+            step.first(arrays)
+        else:
+            again([addresses[i] for i in step.at])
+
+
+@cache
+def spare(device: torch.device) -> Tensor:
+    """What stands for outputs that no launch writes."""
+    return empty(UNUSED, device)
 
 
 class Run:
@@ -111,80 +152,150 @@ class Run:
 
     def __init__(self, device: torch.device, arrays: Sequence[Tensor]):
         self.device, self.target = device, target(device)
-        self.arrays, self.steps = list(arrays), []
+        self.arrays, self.addresses, self.steps = list(arrays), [x.data_ptr() for x in arrays], []
 
     def __call__(self, plan: Plan, *arrays: Tensor) -> tuple[Tensor, ...]:
-        self.steps.append(Step(plan, tuple(map(self.position, arrays))))
-        outs = self.steps[-1](self.arrays, self.device)
-        self.arrays += outs
-        return outs
+        first = len(self.arrays)
+        step = Step(plan, [self.position(x) for x in arrays], range(first, first + len(plan.outs)))
+        follow([step], self.arrays, self.addresses, self.device)
+        self.steps.append(step)
+        return tuple(self.arrays[first:])
 
     def position(self, array: Tensor) -> int:
         return next(i for i, x in enumerate(self.arrays) if x is array)
 
 
 class Program(NamedTuple):
-    """The launches of an operator on arrays of given shapes, strides and dtypes. They are all that it does, so they can be
-    repeated on other such arrays without asking the op again."""
+    """The launches of an operator on arrays of given shapes, strides, dtypes and alignment. They are all that it does, so they
+    can be repeated on other such arrays without asking the op again."""
 
-    copied: list[bool]  # which arrays the kernels cannot read in place
+    device: torch.device
+    index: int | None  # of a GPU
+    copied: list[int]  # arrays that the kernels cannot read in place
     steps: list[Step]
     results: list[int]
+
+    def __call__(self, arrays: Sequence[Tensor], addresses: list[int]) -> list[Tensor]:
+        """addresses: the arrays' own; what was allocated joins them."""
+        device, index, copied, steps, results = self
+        if index is not None and index != torch._C._cuda_getDevice():
+            with torch.cuda.device(device):
+                return self(arrays, addresses)
+        arrays = list(arrays)
+        for i in copied:
+            arrays[i] = arrays[i].contiguous()
+            addresses[i] = arrays[i].data_ptr()
+        follow(steps, arrays, addresses, device)
+        return [arrays[i] for i in results]
+
+
+def record(op: Op, owners: Sequence[str], arrays: Sequence[Tensor], compute: Callable) -> tuple[Program, list[Tensor]]:
+    """compute(run, arrays), a list of tensors, which only launches plans; as a program, and what it came to.
+
+    owners: the operands that the first arrays belong to; the others are results.
+    """
+    device = arrays[0].device
+    inputs = []
+    for owner, x in zip_longest(owners, arrays):
+        x = readable(op, owner, x)
+        inputs.append(x.detach() if any(x is y for y in inputs) else x)  # positions are told apart by identity
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        run = Run(device, inputs)
+        results = compute(run, inputs)
+    copied = [i for i, x in enumerate(arrays) if x.data_ptr() != inputs[i].data_ptr()]
+    return Program(device, device.index, copied, run.steps, [run.position(x) for x in results]), results
 
 
 _programs: dict[tuple, Program] = {}
 
 
-def replayed(name: tuple, owners: Sequence, op: Op, arrays: Sequence[Tensor], compute: Callable) -> list[Tensor]:
-    """compute(run, arrays), a list of tensors, which only launches plans; recorded once for arrays that look like these."""
-    device, first = arrays[0].device, {}  # a tensor that comes twice must come twice again
-    looks = [(x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0, first.setdefault(id(x), i)) for i, x in enumerate(arrays)]
-    key = (name, device, *looks)
-    with torch.cuda.device(device) if device.type == "cuda" and device.index != torch.cuda.current_device() else nullcontext():
-        program = _programs.get(key)
-        if program is None:
-            inputs = [readable(op, owner, x) for owner, x in zip(owners, arrays, strict=True)]
-            run = Run(device, inputs)
-            results = compute(run, inputs)
-            if len(_programs) >= 4096:  # lengths that change for ever
-                _programs.clear()
-            copied = [x is not y for x, y in zip(inputs, arrays, strict=True)]
-            _programs[key] = Program(copied, run.steps, [run.position(x) for x in results])
-            return results
-        slots = [x.contiguous() if copy else x for x, copy in zip(arrays, program.copied, strict=True)]
-        for step in program.steps:
-            slots += step(slots, device)
-        return [slots[i] for i in program.results]
+def replayed(name: tuple, op: Op, owners: Sequence[str], arrays: Sequence[Tensor], compute: Callable) -> list[Tensor]:
+    """compute(run, arrays), recorded once for arrays that look like these."""
+    key, addresses = [name], []
+    describe(arrays, key, [], addresses)
+    key = tuple(key)
+    program = _programs.get(key)
+    if program is not None:
+        return program(arrays, addresses)
+    program, results = record(op, owners, arrays, compute)
+    remember(_programs, key, program)
+    return results
+
+
+def describe(args, key: list, tensors: list[Tensor], addresses: list[int]) -> bool:
+    """Collect tensors, their addresses, and what a launch depends on: looks of tensors, type and value of anything else.
+
+    False where an argument is nothing that can be remembered. (Triton's kernels depend on an address being a multiple of 16.)
+    """
+    for x in args:
+        kind = type(x)
+        if kind is Tensor or kind is Parameter:
+            address = x.data_ptr()
+            tensors.append(x)
+            addresses.append(address)
+            key += (x.shape, x.is_contiguous() or x.stride(), x.dtype, x.device, address % 16 == 0)
+        elif x is None:
+            key.append(None)
+        elif kind is float or kind is int or kind is bool or kind is str:
+            key += (kind, x)
+        elif kind is tuple or kind is list:
+            key += (kind, len(x))
+            if not describe(x, key, tensors, addresses):
+                return False
+        else:
+            return False
+    return True
+
+
+def remember(memory: dict, key: tuple, value) -> None:
+    if len(memory) >= 4096:  # lengths that change for ever
+        memory.clear()
+    memory[key] = value
 
 
 class Meaning:
     """What an operator's `call` says: positions count an op's arrays in the order of `flatten`."""
 
     def __init__(self, op: Op, text: str):
-        self.op = op
-        self.layout, static = ast.literal_eval(text)
+        self.op, self.text = op, text
+        self.name, self.layout, static = ast.literal_eval(text)
         self.static = dict(static)
         self.owners = owners(self.layout)
         self.kept = [i for i, name in enumerate(self.owners) if name in op.keeps]
+        self.kept_owners = [self.owners[i] for i in self.kept]
         self.wanted = [i for i, name in enumerate(self.owners) if name not in op.constant and name not in op.passes]
+        self.constant = [i for i, name in enumerate(self.owners) if name in op.constant]
         self.outs = None
+        # For every array the position of its gradient among those of `wanted`, the outputs' own and, last, None.
+        given = {i: n for n, i in enumerate(self.wanted)}
+        passed = {i: len(given) + op.passes[name] for i, name in enumerate(self.owners) if name in op.passes}
+        self.returns = [(given | passed).get(i, -1) for i in range(len(self.owners))]
 
     def operands(self, arrays: Sequence) -> Operands:
         return unflatten(self.layout, arrays)
+
+    def forward(self, run: Run, arrays: list[Tensor]) -> list[Tensor]:
+        outs, extras = self.op.forward(run, self.operands(arrays), **self.static)
+        return [*outs, *extras]
+
+    def backward(self, kept: int, run: Run, arrays: list[Tensor]) -> list[Tensor]:
+        operands, results, douts = arrays[: len(self.kept)], arrays[len(self.kept) : kept], tuple(arrays[kept:])
+        n = len(douts) if self.op.keeps_outs else 0
+        a = self.operands(self.kept_operands(operands))
+        return self.gradients(self.op.backward(run, a, tuple(results[:n]), tuple(results[n:]), douts, **self.static))
 
     def number_of_outs(self, arrays: Sequence) -> int:
         if self.outs is None:  # it follows from the text alone, but infer wants shapes
             self.outs = len(self.op.infer(self.operands(arrays), **self.static)[0])
         return self.outs
 
-    def residuals(self, arrays: Sequence[Tensor], results: Sequence[Tensor]) -> list[Tensor]:
+    def residuals(self, arrays: Sequence[Tensor], results: Sequence[Tensor], outs: int) -> list[Tensor]:
         """What the backward operator gets as `kept`."""
-        saved = results if self.op.keeps_outs else results[self.number_of_outs(arrays) :]
-        return [arrays[i] for i in self.kept] + list(saved)
+        return [*[arrays[i] for i in self.kept], *(results if self.op.keeps_outs else results[outs:])]
 
     def kept_operands(self, kept: Sequence[Tensor]) -> list[Tensor | None]:
         arrays = [None] * len(self.owners)
-        for i, x in zip(self.kept, kept, strict=False):
+        for i, x in zip(self.kept, kept, strict=False):  # results follow
             arrays[i] = x
         return arrays
 
@@ -201,8 +312,8 @@ meaning = cache(Meaning)
 
 
 @cache
-def call_text(layout: Layout, static: tuple) -> str:
-    return repr((layout, static))
+def call_text(name: str, layout: Layout, static: tuple) -> str:
+    return repr((name, layout, static))
 
 
 class Operators(NamedTuple):
@@ -221,27 +332,15 @@ def readable(op: Op, owner: str | None, x: Tensor) -> Tensor:
 
 def run_forward(op: Op, arrays: list[Tensor], call: str) -> list[Tensor]:
     m = meaning(op, call)
-
-    def compute(run: Run, arrays: list[Tensor]) -> list[Tensor]:
-        outs, extras = op.forward(run, m.operands(arrays), **m.static)
-        return [*outs, *extras]
-
-    return replayed((op.name, "fwd", call), m.owners, op, arrays, compute)
+    return replayed((m, "fwd"), op, m.owners, arrays, m.forward)
 
 
 def run_backward(op: Op, kept: list[Tensor], douts: list[Tensor], call: str) -> list[Tensor]:
-    m = meaning(op, call)
-    owners = [m.owners[i] for i in m.kept]
-    owners += [None] * (len(kept) - len(owners) + len(douts))
+    return differentiate(meaning(op, call), kept, douts)
 
-    def compute(run: Run, arrays: list[Tensor]) -> list[Tensor]:
-        kept_arrays, douts_arrays = arrays[: len(kept)], arrays[len(kept) :]
-        results = tuple(kept_arrays[len(m.kept) :])
-        n = len(douts) if op.keeps_outs else 0
-        a = m.operands(m.kept_operands(kept_arrays))
-        return m.gradients(op.backward(run, a, results[:n], results[n:], tuple(douts_arrays), **m.static))
 
-    return replayed((op.name, "bwd", call), owners, op, [*kept, *douts], compute)
+def differentiate(m: Meaning, kept: Sequence[Tensor], douts: Sequence[Tensor]) -> list[Tensor]:
+    return replayed((m, "bwd"), m.op, m.kept_owners, [*kept, *douts], partial(m.backward, len(kept)))
 
 
 def fake_forward(op: Op, arrays: list[Tensor], call: str) -> list[Tensor]:
@@ -264,67 +363,94 @@ def below_autograd():
         if _functorch.peek_interpreter_stack() is None:
             yield
         else:
-            with torch.enable_grad(), _set_fwd_grad_enabled(True):
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
                 yield
 
 
-def refuse(op: Op, what: str):
+def refuse(m: Meaning, what: str):
     raise RuntimeError(
-        f'{op.name}: the Triton kernels have no {what}; call it with implementation="reference", or under '
+        f'{m.name}: the Triton kernels have no {what}; call it with implementation="reference", or under '
         f'mmattn_torch.implementation("reference"), where {what} goes through plain torch code.'
     )
 
 
+class Kept(NamedTuple):
+    """What a Forward leaves for its backward, besides tensors."""
+
+    meaning: Meaning
+    outs: list[tuple[torch.Size, torch.dtype]]
+
+
+def refuse_constants(ctx, m: Meaning) -> None:
+    for i in m.constant:
+        if ctx.needs_input_grad[i + 1]:
+            raise RuntimeError(no_gradient(m.name, m.owners[i], "detach it"))
+
+
 class Forward(_SingleLevelFunction):
     @staticmethod
-    def forward(ctx, operators: Operators, call: str, *arrays: Tensor):
+    def forward(ctx, m: Meaning, *arrays: Tensor):
+        refuse_constants(ctx, m)
         with below_autograd():
-            results = operators.forward(list(arrays), call)
-        m = meaning(operators.op, call)
+            results = OPERATORS[m.op.name].forward(list(arrays), m.text)
         n = m.number_of_outs(arrays)
-        ctx.operators, ctx.call, ctx.device = operators, call, arrays[0].device
-        ctx.outs = [(x.shape, x.dtype) for x in results[:n]]
+        ctx.kept = Kept(m, [(x.shape, x.dtype) for x in results[:n]])
         ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*m.residuals(arrays, results, n))
         ctx.mark_non_differentiable(*results[n:])
-        ctx.save_for_backward(*m.residuals(arrays, results))
         return tuple(results)
 
     @staticmethod
     def backward(ctx, *douts: Tensor | None):
-        op, m = ctx.operators.op, meaning(ctx.operators.op, ctx.call)
+        (m, outs), kept = ctx.kept, ctx.saved_tensors
         douts = [
-            torch.zeros(shape, dtype=dtype, device=ctx.device) if d is None else d
-            for d, (shape, dtype) in zip(douts, ctx.outs, strict=False)
+            kept[0].new_zeros(shape, dtype=dtype) if d is None else d for d, (shape, dtype) in zip(douts, outs, strict=False)
         ]
-        grads = iter(ctx.operators.backward(list(ctx.saved_tensors), douts, ctx.call))
-        wanted = set(m.wanted)
-        passed = [douts[op.passes[owner]] if owner in op.passes else None for owner in m.owners]
-        return None, None, *(next(grads) if i in wanted else d for i, d in enumerate(passed))
+        if not torch.is_grad_enabled() and plain() and {*map(type, kept), *map(type, douts)} <= PLAIN:
+            grads = differentiate(m, kept, douts)
+        else:
+            grads = OPERATORS[m.op.name].backward(list(kept), douts, m.text)
+        grads = [*grads, *douts, None]
+        return None, *[grads[i] for i in m.returns]
 
     @staticmethod
     def jvp(ctx, *tangents):
-        refuse(ctx.operators.op, "forward-mode derivative")
+        refuse(ctx.kept.meaning, "forward-mode derivative")
+
+
+class EagerForward(Forward):
+    """Forward of a plain eager call, without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx, call: tuple[Prepared, list[int]], *arrays: Tensor):
+        prepared, addresses = call
+        refuse_constants(ctx, prepared.kept.meaning)
+        results = prepared.program(arrays, addresses)
+        ctx.kept = prepared.kept
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*prepared.kept.meaning.residuals(arrays, results, prepared.outs))
+        return tuple(results[: prepared.outs])
 
 
 class Backward(_SingleLevelFunction):
     @staticmethod
     def forward(ctx, operators: Operators, call: str, kept: int, *arrays: Tensor):
-        ctx.op = operators.op
+        ctx.meaning = meaning(operators.op, call)
         with below_autograd():
             return tuple(operators.backward(list(arrays[:kept]), list(arrays[kept:]), call))
 
     @staticmethod
     def backward(ctx, *_):
-        refuse(ctx.op, "second derivative")
+        refuse(ctx.meaning, "second derivative")
 
     @staticmethod
     def jvp(ctx, *_):
-        refuse(ctx.op, "second derivative")
+        refuse(ctx.meaning, "second derivative")
 
 
 def autograd_forward(operators: Operators, arrays: list[Tensor], call: str) -> list[Tensor]:
     with enable_single_level_autograd_function():
-        return list(Forward.apply(operators, call, *arrays))
+        return list(Forward.apply(meaning(operators.op, call), *arrays))
 
 
 def autograd_backward(operators: Operators, kept: list[Tensor], douts: list[Tensor], call: str) -> list[Tensor]:
@@ -335,7 +461,7 @@ def autograd_backward(operators: Operators, kept: list[Tensor], douts: list[Tens
 def vmap_forward(operators: Operators, info, dims, arrays: list[Tensor], call: str):
     op, n = operators.op, info.batch_size
     m = meaning(op, call)
-    folded = [fold_operand(op, owner, x, dim, n) for owner, x, dim in zip(m.owners, arrays, dims[0], strict=True)]
+    folded = fold_operands(op, m.owners, arrays, dims[0], n)
     results = [unfold(x, n) for x in operators.forward(folded, call)]
     return results, [0] * len(results)
 
@@ -343,9 +469,9 @@ def vmap_forward(operators: Operators, info, dims, arrays: list[Tensor], call: s
 def vmap_backward(operators: Operators, info, dims, kept: list[Tensor], douts: list[Tensor], call: str):
     op, n = operators.op, info.batch_size
     m = meaning(op, call)
-    kept_owners = [m.owners[i] for i in m.kept]
-    folded = [fold_operand(op, owner, x, dim, n) for owner, x, dim in zip(kept_owners, kept, dims[0], strict=False)]
-    folded += [fold(x, dim, n) for x, dim in list(zip(kept, dims[0], strict=True))[len(folded) :]]
+    operands = len(m.kept)  # results follow
+    folded = fold_operands(op, [m.owners[i] for i in m.kept], kept[:operands], dims[0][:operands], n)
+    folded += [fold(x, dim, n) for x, dim in zip(kept[operands:], dims[0][operands:], strict=True)]
     grads = operators.backward(folded, [fold(d, dim, n) for d, dim in zip(douts, dims[1], strict=True)], call)
     shapes = m.kept_operands([lead(x, dim, n).shape for x, dim in zip(kept, dims[0], strict=True)])
     return [g.reshape(shapes[i]) for g, i in zip(grads, m.wanted, strict=True)], [0] * len(grads)
@@ -363,8 +489,8 @@ def register(op: Op) -> Operators:
         (operators.forward, run_forward, fake_forward, autograd_forward, vmap_forward),
         (operators.backward, run_backward, fake_backward, autograd_backward, vmap_backward),
     )
-    for operator, kernel, fake, autograd, vmap in halves:
-        name = operator.name()
+    for overload, kernel, fake, autograd, vmap in halves:
+        name = overload.name()
         for key in ("CUDA", "CPU"):  # on the CPU tests put an interpreter in place of `launch`
             LIBRARY.impl(name, partial(kernel, op), key)
         LIBRARY.impl(name, partial(autograd, operators), "Autograd")
@@ -376,18 +502,19 @@ def register(op: Op) -> Operators:
 OPERATORS = {op.name: register(op) for op in mmattn.OPS}
 
 
-def common_device(op: Op, arrays: Sequence, layout: Layout) -> torch.device:
+def common_device(call: Call) -> torch.device:
     """The device of all arrays, which must be tensors."""
+    arrays, layout = flatten(call.op, call.operands)
     for i, x in enumerate(arrays):
         if not isinstance(x, Tensor):
             owner = owners(layout)[i]
             raise TypeError(
-                f"{op.name}: {owner} is a {type(x).__name__}; expected a torch.Tensor. Convert it with torch.as_tensor."
+                f"{call.name}: {owner} is a {type(x).__name__}; expected a torch.Tensor. Convert it with torch.as_tensor."
             )
         if x.device != arrays[0].device:
             first, owner = owners(layout)[0], owners(layout)[i]
             raise ValueError(
-                f"{op.name}: {owner} is on {x.device}; expected {arrays[0].device}, where {first} is. "
+                f"{call.name}: {owner} is on {x.device}; expected {arrays[0].device}, where {first} is. "
                 f"Move it with {owner}.to({first}.device)."
             )
     return arrays[0].device
@@ -395,55 +522,93 @@ def common_device(op: Op, arrays: Sequence, layout: Layout) -> torch.device:
 
 def explain(call: Call, requested: str | None, device: torch.device | None) -> Explanation:
     """The path that a call would take on a device, the tensors' own unless given; for meta tensors a GPU if there is one."""
-    arrays, layout = flatten(call.op, call.operands)
-    device = device or common_device(call.op, arrays, layout)
+    device = device or common_device(call)
     if device.type == "meta":
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     return decide(call, requested, current(), problem(device))
 
 
 class Prepared(NamedTuple):
-    """A call that takes the kernels, as far as shapes and dtypes of its tensors determine it."""
+    """A call that takes the kernels, as far as the looks of its arguments determine it."""
 
-    operators: Operators
-    text: str
-    order: list[int]  # of the op's arrays among the call's tensors
-    result: Callable
+    kept: Kept
+    order: list[int] | None  # of the op's arrays among the call's tensors, None if it is theirs
+    program: Program
     outs: int
+    result: Callable
 
 
-_prepared: dict[tuple, Prepared | None] = {}
+_prepared: dict[tuple, Prepared] = {}
+PLAIN = {Tensor, Parameter}
+REQUIRES_GRAD = operator.attrgetter("requires_grad")
+
+
+def plain() -> bool:
+    """Whether nobody watches or transforms what runs, so that it need not go through the dispatcher."""
+    return not (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._autograd._profiler_enabled()
+        or torch._C._get_tracing_state()
+        or forward_ad._current_level >= 0
+    )
 
 
 def perform(core: Callable[..., Call], requested: str | None, *args, **kwargs) -> Any:
-    """The public result of core(*args, **kwargs).
-
-    Checking arguments takes longer than small kernels run, so eager calls remember what was found for arguments of these
-    shapes, dtypes and values.
-    """
-    if torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is not None:
-        return execute(core(*args, **kwargs), requested)
-    tensors, first = [], {}
-    key = (core, requested, current(), describe(args, tensors, first), describe(tuple(kwargs.items()), tensors, first))
-    if not all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors):
-        return execute(core(*args, **kwargs), requested)
-    try:
-        prepared = _prepared.get(key)
-    except TypeError:  # an argument that cannot be hashed, which core will refuse
-        return execute(core(*args, **kwargs), requested)
+    """The public result of core(*args, **kwargs). One core is always called with the same names in the same order."""
+    if torch.compiler.is_compiling():
+        return execute(checked(core, args, {name: constant(x) for name, x in kwargs.items()}), requested)
+    if not plain():
+        return execute(checked(core, args, kwargs), requested)
+    key, tensors, addresses = [core, requested, _choice.default], [], []
+    if not describe((*args, *kwargs.values()), key, tensors, addresses):
+        return execute(checked(core, args, kwargs), requested)
+    key = tuple(key)
+    prepared = _prepared.get(key)
     if prepared is None:
-        call = core(*args, **kwargs)
-        arrays, layout = flatten(call.op, call.operands)
-        if decide(call, requested, current(), problem(common_device(call.op, arrays, layout))).path != "triton":
+        call = checked(core, args, kwargs)
+        if path(call, requested) != "triton":
             return execute(call, requested)
-        if len(_prepared) >= 4096:
-            _prepared.clear()
-        text = call_text(layout, call.static)
-        order = [next(i for i, x in enumerate(tensors) if x is array) for array in arrays]
-        outs = meaning(call.op, text).number_of_outs(arrays)
-        prepared = _prepared[key] = Prepared(OPERATORS[call.op.name], text, order, call.result, outs)
-    results = Forward.apply(prepared.operators, prepared.text, *[tensors[i] for i in prepared.order])
-    return prepared.result(results[: prepared.outs])
+        seen = []
+        call = checked(core, apart(args, seen), {name: apart(x, seen) for name, x in kwargs.items()})
+        prepared = prepare(call, seen)
+        remember(_prepared, key, prepared)
+    if prepared.order is not None:
+        tensors, addresses = [tensors[i] for i in prepared.order], [addresses[i] for i in prepared.order]
+    if torch.is_grad_enabled() and any(map(REQUIRES_GRAD, tensors)):
+        return prepared.result(EagerForward.apply((prepared, addresses), *tensors))
+    return prepared.result(prepared.program(tensors, addresses)[: prepared.outs])
+
+
+def checked(core: Callable[..., Call], args: tuple, kwargs: dict[str, Any]) -> Call:
+    call = core(*args, **kwargs)
+    return Call(call.op, call.operands, call.static, call.result, core.__name__)  # torch.compile traces no _replace
+
+
+def prepare(call: Call, tensors: list[Tensor]) -> Prepared:
+    """Everything about a call but its tensors."""
+    arrays, layout = flatten(call.op, call.operands)
+    m = meaning(call.op, call_text(call.name, layout, call.static))
+    order = [next(i for i, x in enumerate(tensors) if x is array) for array in arrays]
+    program, results = record(call.op, m.owners, [x.detach() for x in arrays], m.forward)
+    outs = m.number_of_outs(arrays)
+    return Prepared(
+        Kept(m, [(x.shape, x.dtype) for x in results[:outs]]),
+        None if order == list(range(len(tensors))) else order,
+        program,
+        outs,
+        call.result,
+    )
+
+
+def apart(x, seen: list[Tensor]):
+    """x, in which a tensor that comes again is another one of the same memory: it may be two tensors in the next call."""
+    if isinstance(x, tuple | list):
+        return type(x)(apart(y, seen) for y in x)
+    if isinstance(x, Tensor):
+        x = x.detach() if any(x is y for y in seen) else x
+        seen.append(x)
+    return x
 
 
 def forget() -> None:
@@ -452,24 +617,18 @@ def forget() -> None:
     _programs.clear()
 
 
-def describe(x, tensors: list[Tensor], first: dict[int, int]):
-    """What a call depends on of an argument: a tensor's looks and whether it came before, anything else's type and value."""
-    if isinstance(x, Tensor):
-        tensors.append(x)
-        return x.shape, x.dtype, x.device, first.setdefault(id(x), len(tensors))
-    if isinstance(x, tuple | list):
-        return type(x), *[describe(y, tensors, first) for y in x]
-    return type(x), x
+def path(call: Call, requested: str | None) -> str:
+    return decide(call, requested, current(), problem(common_device(call))).path
 
 
 def execute(call: Call, requested: str | None) -> Any:
     """The public result of a call."""
-    arrays, layout = flatten(call.op, call.operands)
-    device = common_device(call.op, arrays, layout)
-    if decide(call, requested, current(), problem(device)).path == "triton":
-        return call.result(run_kernels(call, arrays, layout))
+    if path(call, requested) == "triton":
+        return call.result(run_kernels(call))
+    device = flatten(call.op, call.operands)[0][0].device
     formula = partial(call.op.reference, torch)
-    if (requested or current()) != "reference":  # fallen back, not asked for: torch's fastest, which lacks some derivatives
+    asked = (requested or current()) == "reference" or any(x.dtype == torch.float64 for x in flatten(call.op, call.operands)[0])
+    if not asked:  # fallen back: torch's fastest, which lacks some derivatives
         formula = FUSED.get(call.op.name, formula)
     with without_autocast(device):
         return call.result(formula(Operands(**call.operands), **dict(call.static)))
@@ -486,13 +645,12 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type) if enabled else None
 
 
-def run_kernels(call: Call, arrays: list[Tensor], layout: Layout) -> Sequence[Tensor]:
+def run_kernels(call: Call) -> Sequence[Tensor]:
+    arrays, layout = flatten(call.op, call.operands)
     operators = OPERATORS[call.op.name]
     if torch.compiler.is_compiling():
         static = tuple((name, constant(value)) for name, value in call.static)
         outs, _ = call.op.infer(Operands(**call.operands), **dict(static))
-        return operators.forward(arrays, repr((layout, static)))[: len(outs)]
-    text = call_text(layout, call.static)
-    plain = _functorch.peek_interpreter_stack() is None and all(type(x) in (Tensor, torch.nn.Parameter) for x in arrays)
-    results = Forward.apply(operators, text, *arrays) if plain else operators.forward(arrays, text)
-    return results[: meaning(call.op, text).number_of_outs(arrays)]
+        return operators.forward(arrays, repr((call.name, layout, static)))[: len(outs)]
+    text = call_text(call.name, layout, call.static)
+    return operators.forward(arrays, text)[: meaning(call.op, text).number_of_outs(arrays)]

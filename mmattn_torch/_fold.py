@@ -16,14 +16,22 @@ def fold(x: Tensor, dim: int | None, n: int) -> Tensor:
     return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
-def fold_operand(op: Op, owner: str, x: Tensor, dim: int | None, n: int) -> Tensor:
-    rank = op.shared.get(owner)
-    if rank is None:
-        return fold(x, dim, n)
-    grouped = x.dim() - (dim is not None) > rank
-    if dim is None and owner in op.constant and (not grouped or x.shape[0] == 1):
-        return x  # one group serves every sample; without a gradient there is nothing to keep apart
-    return fold(x, dim, n) if grouped else lead(x, dim, n)
+def fold_operands(op: Op, owners: list[str], arrays: list[Tensor], dims: list[int | None], n: int) -> list[Tensor]:
+    """Operands, of which the shared ones get groups. Those without a gradient stay as they are while none of them is mapped:
+    one group serves every sample."""
+    alike = lambda owner: owner in op.shared and owner in op.constant
+    together = all(dim is None for owner, dim in zip(owners, dims, strict=True) if alike(owner))
+
+    def folded(owner: str, x: Tensor, dim: int | None) -> Tensor:
+        rank = op.shared.get(owner)
+        if rank is None:
+            return fold(x, dim, n)
+        grouped = x.dim() - (dim is not None) > rank
+        if alike(owner) and together and (not grouped or x.shape[0] == 1):
+            return x
+        return fold(x, dim, n) if grouped else lead(x, dim, n)
+
+    return list(map(folded, owners, arrays, dims))
 
 
 def unfold(x: Tensor, n: int) -> Tensor:

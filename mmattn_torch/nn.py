@@ -18,7 +18,7 @@ __all__ = ["AttentionOutput", "GPT2Block", "GPT2Stack", "RMSNormSelfAttention", 
 def _per_sample(start_pos, x: Tensor) -> Tensor:
     if isinstance(start_pos, int):
         return torch.full((x.shape[0],), start_pos, dtype=torch.int32, device=x.device)
-    return torch.as_tensor(start_pos, device=x.device)
+    return torch.as_tensor(start_pos, device=x.device).expand(x.shape[0])
 
 
 ops = SimpleNamespace(
@@ -47,6 +47,12 @@ class RMSNorm(nn.RMSNorm):
         return _ops.rms_norm(x, self.weight, eps=self.eps)
 
 
+def _fill_meta_table(module, _) -> None:
+    """After load_state_dict: a module that was made on the meta device may have been given its weights."""
+    if module.cos.is_meta:
+        module._fill_table(module.to_qkv.weight.device)
+
+
 class _Attention(nn.Module):
     """Layers of one stream or two, and the table of angles: float32 whatever the module's dtype, and in no state dict."""
 
@@ -68,6 +74,7 @@ class _Attention(nn.Module):
         self.register_buffer("cos", None, persistent=False)
         self.register_buffer("sin", None, persistent=False)
         self._fill_table(self.to_qkv.weight.device)
+        self.register_load_state_dict_post_hook(_fill_meta_table)
 
     def _fill_table(self, device) -> None:
         self.cos, self.sin = (torch.tensor(t, device=device) for t in rope.table(self.max_seq_len, self.dim_head))

@@ -14,7 +14,7 @@ from mmattn.choice import Explanation
 from mmattn.op import Call, Row
 
 from . import _bind
-from ._bind import constant, constant_under_compile, perform
+from ._bind import constant_under_compile, perform
 from ._choice import Implementation
 
 Streams = Tensor | tuple[Tensor, ...]
@@ -58,6 +58,8 @@ def extent(start_pos) -> tuple[int, int] | None:
         return start_pos, start_pos
     if not hasattr(start_pos, "shape") or 0 in start_pos.shape or torch.compiler.is_compiling():
         return None
+    if "int" not in str(start_pos.dtype):  # which is refused in other words
+        return None
     if isinstance(start_pos, Tensor):
         wrapped = type(start_pos) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(start_pos)
         if wrapped or start_pos.device.type != "cpu":
@@ -87,9 +89,10 @@ def layernorm_adaln(
     cast: Cast = "after_weight",
     implementation: Implementation | None = None,
 ) -> Tensor:
-    vectors = dict(weight=weight, bias=bias, rows=rows, scale_base=scale_base, shift_base=shift_base)
-    how = dict(eps=constant(eps), zero_centered=zero_centered, cast=cast)
-    return perform(mmattn.layernorm_adaln, implementation, x, vector(scale), vector(shift), **vectors, **how)
+    return perform(
+        mmattn.layernorm_adaln, implementation, x, vector(scale), vector(shift), weight=weight, bias=bias, rows=rows,
+        scale_base=scale_base, shift_base=shift_base, eps=eps, zero_centered=zero_centered, cast=cast,
+    )  # fmt: skip
 
 
 @documented(mmattn.rmsnorm_adaln)
@@ -108,9 +111,10 @@ def rmsnorm_adaln(
     cast: Cast = "after_weight",
     implementation: Implementation | None = None,
 ) -> Tensor:
-    vectors = dict(weight=weight, bias=bias, rows=rows, scale_base=scale_base, shift_base=shift_base)
-    how = dict(eps=constant(eps), zero_centered=zero_centered, cast=cast)
-    return perform(mmattn.rmsnorm_adaln, implementation, x, vector(scale), vector(shift), **vectors, **how)
+    return perform(
+        mmattn.rmsnorm_adaln, implementation, x, vector(scale), vector(shift), weight=weight, bias=bias, rows=rows,
+        scale_base=scale_base, shift_base=shift_base, eps=eps, zero_centered=zero_centered, cast=cast,
+    )  # fmt: skip
 
 
 @documented(mmattn.layer_norm)
@@ -122,14 +126,14 @@ def layer_norm(
     eps: float = 1e-6,
     implementation: Implementation | None = None,
 ) -> Tensor:
-    return perform(mmattn.layer_norm, implementation, x, weight, bias, eps=constant(eps))
+    return perform(mmattn.layer_norm, implementation, x, weight, bias, eps=eps)
 
 
 @documented(mmattn.rms_norm)
 def rms_norm(
     x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6, implementation: Implementation | None = None
 ) -> Tensor:
-    return perform(mmattn.rms_norm, implementation, x, weight, eps=constant(eps))
+    return perform(mmattn.rms_norm, implementation, x, weight, eps=eps)
 
 
 @documented(mmattn.gated_residual)
@@ -152,9 +156,10 @@ def gated_residual_norm_adaln(
     gate_fn: Literal["identity", "tanh"] = "identity",
     implementation: Implementation | None = None,
 ) -> tuple[Tensor, Tensor]:
-    rows = map(vector, (gate, scale, shift))
-    how = dict(center=center, h_weight=h_weight, h_eps=constant(h_eps), eps=constant(eps), gate_fn=gate_fn)
-    return perform(mmattn.gated_residual_norm_adaln, implementation, residual, h, *rows, **how)
+    return perform(
+        mmattn.gated_residual_norm_adaln, implementation, residual, h, vector(gate), vector(scale), vector(shift),
+        center=center, h_weight=h_weight, h_eps=h_eps, eps=eps, gate_fn=gate_fn,
+    )  # fmt: skip
 
 
 @documented(mmattn.qk_norm_rope)
@@ -171,9 +176,7 @@ def qk_norm_rope(
     layout: Literal["interleaved", "half"] = "interleaved",
     implementation: Implementation | None = None,
 ) -> tuple[Streams, Streams]:
-    static = dict(
-        over=over, eps=constant(eps), cos=cos, sin=sin, start_pos=start_pos, layout=layout, start_extent=extent(start_pos)
-    )
+    static = dict(over=over, eps=eps, cos=cos, sin=sin, start_pos=start_pos, layout=layout, start_extent=extent(start_pos))
     return perform(mmattn.qk_norm_rope, implementation, qkv, q_weight, k_weight, **static)
 
 
@@ -198,7 +201,7 @@ def joint_attention(
         autocast(k),
         autocast(v),
         **masks,
-        scale=constant(scale),
+        scale=scale,
         return_lse=return_lse,
         precision=precision(),
     )
@@ -223,9 +226,7 @@ def qk_norm_rope_attention(
     return_lse: bool = False,
     implementation: Implementation | None = None,
 ) -> Streams | tuple[Streams, Streams]:
-    norm = dict(
-        over=over, eps=constant(eps), cos=cos, sin=sin, start_pos=start_pos, layout=layout, start_extent=extent(start_pos)
-    )
+    norm = dict(over=over, eps=eps, cos=cos, sin=sin, start_pos=start_pos, layout=layout, start_extent=extent(start_pos))
     masks = dict(attn_mask=attn_mask, key_masks=key_masks, causal=causal)
     return perform(
         mmattn.qk_norm_rope_attention,
@@ -235,7 +236,7 @@ def qk_norm_rope_attention(
         k_weight,
         **norm,
         **masks,
-        scale=constant(scale),
+        scale=scale,
         return_lse=return_lse,
         precision=precision(),
     )
@@ -258,7 +259,7 @@ def relu_linear_attention(
         autocast(k),
         autocast(v),
         key_masks=key_masks,
-        eps=constant(eps),
+        eps=eps,
         precision=precision(),
     )
 
@@ -275,5 +276,7 @@ def explain(op: str | Callable, *args: Any, device: torch.device | str | None = 
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     check.choice("explain", "op", name, tuple(CORE))
     requested = kwargs.pop("implementation", None)
-    call = CORE[name](*args, **kwargs)
+    if kwargs.get("start_pos") is not None:
+        kwargs["start_extent"] = extent(kwargs["start_pos"])
+    call = _bind.checked(CORE[name], args, kwargs)
     return _bind.explain(call, requested, None if device is None else torch.device(device))

@@ -314,6 +314,12 @@ def key_masks(lengths, real) -> dict:
     return dict(key_masks=tuple(mask(L, n) for L, n in zip(lengths, real, strict=True)))
 
 
+def scattered(B: int, *lengths: int) -> dict:
+    """Key masks with holes."""
+    rng = np.random.default_rng(sum(lengths))
+    return dict(key_masks=tuple(Constant(rng.random((B, L)) < 0.7) for L in lengths))
+
+
 def mask(B: int, L: int, empty_rows=(3,), empty_cols=(5,)) -> dict:
     """A random mask (B, L, L) with rows and columns that attend to nothing."""
     keep = np.random.default_rng(L).random((B, L, L)) < 0.6
@@ -342,6 +348,17 @@ def joint_attention_cases():
     yield case("float32-qk", heads(2, 2, 16, 37, 5, qk=dict(dtype="float32")))
     huge = heads(1, 1, 32, 70, 37)
     yield case("huge-logits", huge | dict(k=tuple(leaf._replace(mean=60.0) for leaf in huge["k"])))
+    # Sums of exponentials beyond what a float32 or the gate of the unshifted softmax holds, both ways, in some rows or all.
+    yield case("over-the-gate", heads(1, 2, 32, 130, 20, qk=dict(std=5.0)))
+    yield case("over-the-gate-64", heads(1, 1, 64, 130, qk=dict(std=4.0)), dict(return_lse=True))
+    low = heads(1, 1, 16, 70, 37, qk=dict(mean=5.0))
+    yield case("under-the-gate", low | dict(k=tuple(leaf._replace(mean=-5.0) for leaf in low["k"])), dict(return_lse=True))
+    over = heads(2, 1, 16, 37, 70, qk=dict(std=5.0), real=((37, 20), (1, 65))) | key_masks((37, 70), ((37, 20), (1, 65)))
+    yield case("over-the-gate-key-masks", over)
+    yield case("zeros", heads(1, 2, 16, 37, 5, qk=dict(std=0.0)))
+    yield case("one-key", heads(2, 1, 16, 37, real=((1, 37),)) | key_masks((37,), ((1, 37),)))
+    yield case("scattered-key-masks", heads(2, 1, 16, 70, 130) | scattered(2, 70, 130))
+    yield case("scattered-key-masks-causal", heads(1, 1, 64, 130) | scattered(1, 130), dict(causal=True))
     yield case("packed", {name: Part((2, 37, 3, 2, 16), part) for part, name in enumerate("qkv")})
     yield case("empty-batch", heads(0, 2, 16, 37, 5))
     yield case("production", heads(1, 3, 64, 186, 77), **PRODUCTION)
@@ -371,6 +388,9 @@ def qk_norm_rope_attention_cases():
     yield case("heads-half", 1, 2, 32, 70, 37, over="head", rotated=(True, True), positions=80, layout="half", eps=1e-6)
     yield case("key-masks", 2, 1, 16, 37, 70, **seed, real=((37, 20), (1, 65)), return_lse=True)
     yield case("causal", 2, 1, 64, 70, over="head", rotated=(True,), positions=70, causal=True)
+    gains = projections(2, 2, 16, 37, 5, over="head")
+    large = {name: tuple(leaf._replace(mean=9.0) for leaf in gains[name]) for name in ("q_weight", "k_weight")}
+    yield case("large-gains", 2, 2, 16, 37, 5, over="head", extra=large)
     yield case("empty-batch", 0, 2, 24, 37, over="width")
     yield case("production", 1, 4, 32, 186, 20, **seed | dict(positions=186), row=PRODUCTION)
     yield case("sd3", 2, 24, 64, 1024, 154, over="head", row=LARGE)

@@ -250,6 +250,22 @@ def test_row_of_a_packed_array(row, kernels):
     same(jax.vmap(grads(run))(x[None], h[None], array[None]), jax.tree.map(lambda g: g[None], got))
 
 
+@pytest.mark.parametrize("array, row", [((2, 3, D), 3), ((2, 3, D), -1), ((2, D), 0), ((2, 3, D), np.int32(1))])
+def test_row_that_is_none(array, row):
+    with pytest.raises(ValueError, match=r"gated_residual: gate is row .*; expected \(B, M, D\) and an int from 0 to M - 1"):
+        residual(randn(2, L, D), randn(2, L, D), Row(randn(*array), row))
+
+
+def test_gradient_of_a_constant_is_refused():
+    weight, cos, sin = randn(16), randn(9, 4), randn(9, 4)
+    run = lambda cos, **how: mmattn_jax.qk_norm_rope(randn(2, 5, 3, 2, 8), weight, weight, over="width", cos=cos, sin=sin, **how)[
+        0
+    ].sum()
+    with pytest.raises(NotImplementedError, match="qk_norm_rope: cos wants a gradient, for which there is no kernel"):
+        jax.grad(run)(cos)
+    assert np.abs(jax.grad(partial(run, implementation="reference"))(cos)).max() > 0
+
+
 @each_example
 def test_batch_of_none(f, kernels):
     arrays = [x[:0] if x.shape[0] == B else x for x in EXAMPLES[f]]
@@ -457,7 +473,8 @@ def test_a_call_sets_the_process_default():
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_triton_that_cannot_be_had_raises(wrap):
     with pytest.raises(
-        RuntimeError, match='adaln: implementation="triton" cannot be met: kernels run on CUDA and ROCm GPUs only'
+        RuntimeError,
+        match=r'layernorm_adaln: implementation="triton" cannot be met: the kernels run on .* GPUs, the arrays are on cpu',
     ):
         wrap(partial(adaln, implementation="triton"))(*EXAMPLES[adaln])
 
@@ -466,11 +483,12 @@ def test_explain():
     x, scale, shift = (jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in EXAMPLES[adaln])
     assert mmattn_jax.explain(mmattn_jax.layernorm_adaln, x, scale, shift, device="cpu") == (
         "reference",
-        "kernels run on CUDA and ROCm GPUs only",
+        "the kernels run on CUDA and ROCm GPUs, the arrays are on cpu",
     )
     cuda = partial(mmattn_jax.explain, "layernorm_adaln", device="cuda")
     if _jax_triton.installed():
         assert cuda(x, scale, shift).path == "triton"
+        assert cuda(x, scale, shift, device="cuda:0").path == "triton"
     assert cuda(x, scale, implementation="reference") == ("reference", "asked for by the call")
     assert cuda(jax.ShapeDtypeStruct((0, L, D), jnp.float32)).path == "reference"
     assert cuda(jax.ShapeDtypeStruct((B, L, D), "float64")).path == "reference"
@@ -487,7 +505,7 @@ def test_explain_of_a_gpu_that_is_too_old():
     try:
         assert mmattn_jax.explain("rms_norm", EXAMPLES[norm][0], device="cuda") == (
             "reference",
-            "kernels need compute capability 8.0, the GPU has 7.5",
+            "the kernels need compute capability 8.0, the GPU has 7.5",
         )
     finally:
         mmattn_jax.set_target(None)

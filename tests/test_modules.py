@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from functools import partial
 
 import frameworks
@@ -320,6 +321,7 @@ def test_start_pos_as_a_number(front):
     run = lambda start: front.outs_and_grads(module, inputs | dict(start_pos=start), douts)
     assert_close(run(0), run(None), 0.0)
     assert_close(run(7), run(np.full(B, 7, np.int32)), 0.0)
+    assert_close(run(7), run(np.int32(7)), 0.0)
 
 
 def test_y_without_token_axis(front):
@@ -344,6 +346,8 @@ def test_dropout(front):
 
 ERRORS = {
     "heads": (lambda f: f.build("GPT2Block", D, 3), "GPT2Block|RMSNormSelfAttention: dim = 32 is not divisible by num_head = 3"),
+    "no heads": (lambda f: f.build("RMSNormSelfAttention", D, 0, dim_head=8), "the number of heads is 0; expected an int"),
+    "wide head": (lambda f: f.build("RMSNormSelfAttention", D, dim_head=256), "the head width is 256; expected .* from 8 to 128"),
     "odd head": (lambda f: f.build("RMSNormSelfAttention", D, 4, dim_head=7), "the head width is 7; expected an even one"),
     "width": (lambda f: f.build("RMSNormSelfAttention", 30, 2), "dim is 30; expected a multiple of 8"),
     "dropout": (lambda f: f.build("GPT2Block", D, dropout=1.0), "dropout is 1.0; expected a probability"),
@@ -372,6 +376,7 @@ CALL_ERRORS = {
     "width": (ATTENTION, dict(x=zeros(B, L, 16)), r"x has shape \(3, 13, 16\); expected \(B, L, D\) = \(3, 13, 32\)"),
     "rank": (ATTENTION, dict(x=zeros(L, D)), r"x has shape \(13, 32\), rank 2; expected \(B, L, D\)"),
     "context_mask": (CROSS, dict(context_mask=np.ones((B, C), bool)), "context_mask was given without context"),
+    "integers": (ATTENTION, dict(x=np.zeros((B, L, D), np.int32)), "x has dtype int32; expected float32"),
     "attn_mask": (ATTENTION, dict(attn_mask=np.ones((L, L), bool)), r"attn_mask has shape \(13, 13\); expected \(B, L, L\)"),
     "x_mask": (ATTENTION, dict(x_mask=np.ones((B, L), np.int32)), "x_mask has dtype int32; expected bool"),
     "negative start": (ATTENTION, dict(start_pos=-1), "start_pos reaches from -1 to -1; expected 0 to 4083"),
@@ -416,6 +421,10 @@ def test_torch_table_survives_casts_and_moves():
     meta = mmattn_torch.nn.RMSNormSelfAttention(D, HEADS, device="meta")
     assert meta.cos.device.type == "meta"
     assert torch.equal(meta.to_empty(device="cpu").cos, want)
+    with torch.device("meta"):
+        meta = mmattn_torch.nn.RMSNormSelfAttention(D, HEADS)
+    meta.load_state_dict(module.state_dict(), assign=True)
+    assert torch.equal(meta.cos, want)
     angle = torch.outer(torch.arange(4096).float(), 1.0 / 10000.0 ** (torch.arange(0, 16, 2).float() / 16))
     assert (want - angle.cos()).abs().max() < 1e-3  # an ulp of a frequency moves the last angle by 5e-4
 
@@ -502,3 +511,10 @@ def test_through_the_kernels(front, kernels, name, dtype):
     for k, want in exact.items():
         error, budget = (frameworks.distance(r[k], want, np.linalg.norm) for r in (got, plain))
         assert error <= 2 * budget + max(frameworks.EPS[dtype] / 2, 1e-5 * (dtype == "float32")), k
+
+
+def test_modules_can_be_pickled(front):
+    inputs, douts = draw("y", "context")
+    module = front.build("GPT2Block", D, HEADS, dim_feedforward=HIDDEN, dropout=0.0, conditioning=True, use_cross_attn=True)
+    again = pickle.loads(pickle.dumps(module))
+    assert_close(front.outs_and_grads(again, inputs, douts), front.outs_and_grads(module, inputs, douts), 0.0)

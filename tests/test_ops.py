@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 import frameworks
+import numpy as np
 import pytest
 from cases import CASES
 
@@ -40,3 +41,16 @@ def test_frameworks_agree_to_the_bit(case, dtype, kernels):
 @pytest.mark.parametrize("case, dtype", [row for row in TABLE if row.values[1] == "bfloat16"], scope="module")
 def test_same_call_twice_gives_the_same_bits(case, dtype, framework, kernels):
     assert_same_bits(kernels_of(framework.name, case, dtype), frameworks.call(framework, case, dtype))
+
+
+def test_results_merge_across_calls_by_their_lse(framework, kernels):
+    """What ring attention does: the outputs of two calls with half of the keys each, weighted by exp(lse)."""
+    rng = np.random.default_rng(0)
+    q, k, more_k, v, more_v = (framework.put(rng.standard_normal((1, 37, 2, 16)), "float32") for _ in range(5))
+    attend = lambda *args: framework.ops.joint_attention(*args, return_lse=True, implementation="triton")
+    results = [attend(q, k, v), attend(q, more_k, more_v)]
+    whole, lse = (framework.get(both[0]) for both in attend((q, q), (k, more_k), (v, more_v)))
+    o, log = (np.stack([framework.get(result[i]) for result in results]) for i in range(2))
+    weight = np.exp(log - lse).swapaxes(2, 3)[..., None]
+    assert np.abs(weight.sum(0) - 1).max() < 1e-5
+    assert np.abs((weight * o).sum(0) - whole).max() < 1e-5

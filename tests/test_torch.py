@@ -312,6 +312,27 @@ def test_nested_vmap_of_a_shared_vector(kernels):
         both(lambda f, i=inner, o=outer: vmap(vmap(grad(loss(f), (0, 1)), i), o), rms, [x, weight])
 
 
+@pytest.mark.parametrize("mapped", [(0, None), (None, 0), (0, 0)])
+def test_vmap_over_a_table(mapped, kernels):
+    """cos and sin of several tables, or one of them alone."""
+    qkv, weight = randn(2, 5, 3, HEADS, 8), randn(HEADS * 8)
+    tables = [randn(3, 9, 4, seed=seed) if dim == 0 else randn(9, 4, seed=seed) for seed, dim in enumerate(mapped)]
+    norm = lambda cos, sin, **how: mmattn_torch.qk_norm_rope(qkv, weight, weight, over="width", cos=cos, sin=sin, **how)
+    both(lambda f: vmap(f, mapped), norm, tables)
+
+
+@pytest.mark.parametrize("name", ["cos", "sin"])
+def test_gradient_of_a_constant_is_refused(name, kernels):
+    weight, tables = randn(HEADS * 8), dict(cos=randn(9, 4), sin=randn(9, 4))
+    tables[name].requires_grad_()
+    run = partial(mmattn_torch.qk_norm_rope, randn(2, 5, 3, HEADS, 8), weight, weight, over="width", **tables)
+    for call in (run, torch.compile(run, backend="aot_eager")):
+        with pytest.raises(RuntimeError, match=f"qk_norm_rope: {name} wants a gradient, for which there is no kernel"):
+            call()
+    run(**REFERENCE)[0].sum().backward()
+    assert tables[name].grad.abs().max() > 0
+
+
 def test_grad_of_vmap_sums_over_it(kernels):
     both(lambda f: grad(lambda x, w: (vmap(f, (0, None))(x, w) ** 2).sum(), (0, 1)), rms, [randn(3, 2, 5, D), randn(D)])
 
@@ -489,12 +510,27 @@ def test_implementation_sets_and_restores(kernels):
     assert path() == "reference"
     former.__exit__()
     assert path() == "triton"
+    again = mmattn_torch.implementation("reference")
+    for _ in range(2):
+        with again:
+            assert path() == "reference"
+            with again:
+                assert path() == "reference"
+        assert path() == "triton"
+    assert mmattn_torch.implementation("reference")(path)() == "reference"
+    assert path() == "triton"
     with pytest.raises(ValueError, match="implementation: name is 'cuda'; expected one of 'auto', 'triton', 'reference'"):
         mmattn_torch.implementation("cuda")
 
 
+def test_float64_has_every_derivative(cpu):
+    """It takes the reference whatever is asked for, not torch's fused code."""
+    q = randn(1, 3, 1, 8, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda q: mmattn_torch.joint_attention(q, q, q), (q,))
+
+
 def test_unmet_request_says_why():
-    with pytest.raises(RuntimeError, match=r'implementation="triton" cannot be met: .* the tensors are on cpu'):
+    with pytest.raises(RuntimeError, match=r'rms_norm: implementation="triton" cannot be met: .* the arrays are on cpu'):
         mmattn_torch.rms_norm(torch.randn(2, 5, D), implementation="triton")
 
 
@@ -564,6 +600,59 @@ def test_remembered_calls_keep_their_tensors_apart(kernels):
         torch.testing.assert_close(grads["triton"], grads["reference"])
 
 
+LOOKS = dict(
+    contiguous=lambda x: x,
+    strided=lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
+    permuted=lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    misaligned=lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x),
+)
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+@small_functions
+def test_second_call_repeats_the_first_on_new_tensors(f, look, kernels):
+    """The first call of a look is recorded, the second replayed, each forward and backward."""
+    for seed in range(2):
+        arguments = [look(x.detach() + seed).requires_grad_() for x in operands(f, 2, 7)]
+        same(with_gradients(f, arguments), with_gradients(lambda *a: f(*a, **REFERENCE), arguments), 1e-4)
+        with torch.no_grad():
+            same(f(*arguments), f(*arguments, **REFERENCE), 1e-4)
+
+
+def test_saved_tensors_may_come_back_with_other_looks(kernels):
+    """Hooks hand back copies, which need not have the strides of what was saved."""
+    x, scale = leaf(2, 7, D), leaf(2, 6 * D).chunk(6, -1)[1]
+    want = with_gradients(lambda x: adaln(x, scale, None), [x])
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t.shape) or t.clone(), LOOKS["permuted"]):
+        got = with_gradients(lambda x: adaln(x, scale, None), [x])
+    assert x.shape in packed
+    same(got, want, 0)
+
+
+def test_one_gradient_of_two_outputs(kernels):
+    """The gradient of an output that nobody used is None until the kernels need it."""
+    q, c = leaf(2, 7, HEADS, 24), leaf(2, 5, HEADS, 24)
+    first = lambda **how: mmattn_torch.joint_attention((q, c), (q, c), (q, c), **how)[0].sum()
+    same(torch.autograd.grad(first(), [q, c]), torch.autograd.grad(first(**REFERENCE), [q, c]), 1e-4)
+
+
+def test_eager_calls_ask_the_op_once(kernels, monkeypatch):
+    """After that its launches are repeated, by whichever way a call comes."""
+    x, asked, record = leaf(2, 5, D), [], _bind.record
+    monkeypatch.setattr(_bind, "record", lambda *a: asked.append(a) or record(*a))
+    for _ in range(3):
+        mmattn_torch.rms_norm(x).sum().backward()
+    assert len(asked) == 2
+
+
+def test_a_profiler_sees_the_operators(kernels):
+    x = leaf(2, 5, D)
+    with torch.profiler.profile() as profile:
+        mmattn_torch.rms_norm(x)
+    assert "mmattn::adaln_fwd" in {event.name for event in profile.events()}
+
+
 def separate(residual, h, gate, scale, shift, *, eps, h_weight, h_eps):
     """gated_residual_norm_adaln as the operations that it joins."""
     h = h if h_weight is None else mmattn_torch.rms_norm(h, h_weight, eps=h_eps)
@@ -576,10 +665,9 @@ def launches(module, inputs, monkeypatch) -> Counter:
     names = []
 
     def launch(plan, arrays, outs):
-        names.append(plan.kernel.fn.__name__.removesuffix("_kernel"))
-        for out in outs:
-            out.zero_()
-        return lambda *pointers: launch(plan, arrays, pointers[len(arrays) :])
+        name = plan.kernel.fn.__name__.removesuffix("_kernel")
+        names.append(name)
+        return lambda addresses: names.append(name)
 
     monkeypatch.setattr(_bind, "launch", launch)
     monkeypatch.setattr(_bind, "problem", lambda device: None)

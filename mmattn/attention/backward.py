@@ -1,9 +1,9 @@
-"""Backward kernels of joint attention: delta, then dk and dv per block of keys, then dq per block of queries."""
+"""Backward kernels of joint attention: delta, then dq per block of queries, then dk and dv per block of keys."""
 
 from __future__ import annotations
 
 from .._triton import tl, triton
-from .tokens import accumulate, allowed, kept, load_tokens, power, products, stream_of
+from .tokens import accumulate, allowed, kept, load_tokens, pair_sum, power, products, stream_of
 
 
 @triton.jit
@@ -35,9 +35,12 @@ def attention_delta_body(
             cols = tl.arange(0, COLS)
             inside = (row < rows_of_stream)[:, None] & (cols < WIDTH)[None, :]
             at = batch * rows_of_stream * WIDTH + row[:, None] * WIDTH + cols[None, :]
-            o = tl.load(o_ptrs[t] + at, mask=inside, other=0.0).to(tl.float32)  # [ROWS, COLS]
-            do = tl.load(do_ptrs[t] + at, mask=inside, other=0.0).to(tl.float32)
-            delta = tl.sum(o * do, 1)
+            if EXACT:
+                delta = tl.zeros((ROWS,), tl.float32)
+            else:
+                o = tl.load(o_ptrs[t] + at, mask=inside, other=0.0).to(tl.float32)  # [ROWS, COLS]
+                do = tl.load(do_ptrs[t] + at, mask=inside, other=0.0).to(tl.float32)
+                delta = tl.sum(o * do, 1)
             at = batch * rows_of_stream + row % HEADS * LENGTHS[t] + row // HEADS
             if SHIFTED:
                 delta -= tl.load(dlse_ptrs[t] + at, mask=row < rows_of_stream, other=0.0)
@@ -174,12 +177,13 @@ def joint_attention_bwd_dkdv_body(
 
 @triton.jit
 def gather_keys(
-    dq, q, do, shift, factor, delta, k_ptr, v_ptr, key_mask_ptr, mask_ptr, rows_ptr, cols_ptr, batch, i, t, query, start,
+    acc, q, do, shift, factor, delta, k_ptr, v_ptr, key_mask_ptr, mask_ptr, rows_ptr, cols_ptr, batch, i, t, query, start,
     length, first_length, k_stride, v_stride,
     SCALE: tl.constexpr, WIDTH: tl.constexpr, KEY_MASKED: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr, EXACT: tl.constexpr, KEYS: tl.constexpr, COLS: tl.constexpr, TAIL: tl.constexpr,
+    DELTA: tl.constexpr,
 ):  # fmt: skip
-    """What one block of keys adds to dq [QUERIES, COLS]."""
+    """acc and what one block of keys adds to dq [QUERIES, COLS]; DELTA: to the sum of P * dP [QUERIES, 1]."""
     key = start + tl.arange(0, KEYS)
     cols = tl.arange(0, COLS)
     whole: tl.constexpr = not (TAIL or KEY_MASKED)
@@ -196,8 +200,10 @@ def gather_keys(
         valid = allowed(mask_ptr, rows_ptr, cols_ptr, batch, i, t, query[:, None], key[None, :], first_length, CAUSAL, MASKED)
         p = tl.where(valid, p, 0.0)
     dp = products(do, v, PRECISION, EXACT)
-    ds = p * (dp - delta[:, None])
-    return accumulate(dq, 1.0, ds.to(k.dtype), k, PRECISION, EXACT)
+    if DELTA:
+        return acc + pair_sum(p * dp)
+    else:
+        return accumulate(acc, 1.0, (p * (dp - delta[:, None])).to(k.dtype), k, PRECISION, EXACT)
 
 
 @triton.jit
@@ -213,6 +219,7 @@ def joint_attention_bwd_dq_body(
     lse_ptrs,
     delta_ptrs,
     dq_ptrs,  # (B, L_s, H, d)
+    exact_delta_ptrs,  # (B, H, L_s) float32, written where EXACT
     LENGTHS,
     Q_STRIDES_,
     K_STRIDES_,
@@ -254,29 +261,34 @@ def joint_attention_bwd_dq_body(
     q = q.to(v_ptrs[0].dtype.element_ty)
     do = load_tokens(do_ptr + head * WIDTH, batch, query, length, HEADS * WIDTH, cols, WIDTH, keep, False)
     shift, factor, delta = load_row_statistics(lse_ptr, delta_ptr, (batch * HEADS + head) * length, query, length, EXACT)
-    dq = tl.zeros((QUERIES, COLS), tl.float32)
-    for t in tl.static_range(len(k_ptrs)):
-        k_ptr = k_ptrs[t] + head * WIDTH
-        v_ptr = v_ptrs[t] + head * WIDTH + V_AT
-        end = LENGTHS[t] + 0
-        if CAUSAL:
-            end = tl.where(i == t, tl.minimum(LENGTHS[t], first + QUERIES), LENGTHS[t])
-        full = end // KEYS * KEYS
-        for start in range(0, full, KEYS):
-            dq = gather_keys(
-                dq, q, do, shift, factor, delta, k_ptr, v_ptr, key_mask_ptrs[t], mask_ptr, rows_ptr, cols_ptr, batch,
-                i, t, query, start,
-                LENGTHS[t], LENGTHS[0], K_STRIDES_[t], V_STRIDES_[t],
-                SCALE, WIDTH, KEY_MASKS_[t], CAUSAL, MASKED, PRECISION, EXACT, KEYS, COLS, TAIL=False,
-            )  # fmt: skip
-        if full < end:
-            dq = gather_keys(
-                dq, q, do, shift, factor, delta, k_ptr, v_ptr, key_mask_ptrs[t], mask_ptr, rows_ptr, cols_ptr, batch,
-                i, t, query, full,
-                LENGTHS[t], LENGTHS[0], K_STRIDES_[t], V_STRIDES_[t],
-                SCALE, WIDTH, KEY_MASKS_[t], CAUSAL, MASKED, PRECISION, EXACT, KEYS, COLS, TAIL=True,
-            )  # fmt: skip
+    for DELTA in tl.static_range(1 if EXACT else 0, -1, -1):
+        acc = tl.zeros((QUERIES, 1 if DELTA else COLS), tl.float32)
+        for t in tl.static_range(len(k_ptrs)):
+            k_ptr = k_ptrs[t] + head * WIDTH
+            v_ptr = v_ptrs[t] + head * WIDTH + V_AT
+            end = LENGTHS[t] + 0
+            if CAUSAL:
+                end = tl.where(i == t, tl.minimum(LENGTHS[t], first + QUERIES), LENGTHS[t])
+            full = end // KEYS * KEYS
+            for start in range(0, full, KEYS):
+                acc = gather_keys(
+                    acc, q, do, shift, factor, delta, k_ptr, v_ptr, key_mask_ptrs[t], mask_ptr, rows_ptr, cols_ptr, batch,
+                    i, t, query, start,
+                    LENGTHS[t], LENGTHS[0], K_STRIDES_[t], V_STRIDES_[t],
+                    SCALE, WIDTH, KEY_MASKS_[t], CAUSAL, MASKED, PRECISION, EXACT, KEYS, COLS, False, DELTA,
+                )  # fmt: skip
+            if full < end:
+                acc = gather_keys(
+                    acc, q, do, shift, factor, delta, k_ptr, v_ptr, key_mask_ptrs[t], mask_ptr, rows_ptr, cols_ptr, batch,
+                    i, t, query, full,
+                    LENGTHS[t], LENGTHS[0], K_STRIDES_[t], V_STRIDES_[t],
+                    SCALE, WIDTH, KEY_MASKS_[t], CAUSAL, MASKED, PRECISION, EXACT, KEYS, COLS, True, DELTA,
+                )  # fmt: skip
+        if DELTA:
+            _, exact_delta_ptr, _, _, _ = stream_of(block, exact_delta_ptrs, LENGTHS, Q_STRIDES_, QUERIES)
+            delta += tl.max(acc, 1)
+            tl.store(exact_delta_ptr + (batch * HEADS + head) * length + query, delta, mask=query < length)
     at = (batch * length + query)[:, None] * (HEADS * WIDTH) + head * WIDTH + cols[None, :]
     tl.store(
-        dq_ptr + at, (dq * GRADIENT_SCALE).to(dq_ptr.dtype.element_ty), mask=(query < length)[:, None] & (cols < WIDTH)[None, :]
+        dq_ptr + at, (acc * GRADIENT_SCALE).to(dq_ptr.dtype.element_ty), mask=(query < length)[:, None] & (cols < WIDTH)[None, :]
     )

@@ -1,4 +1,19 @@
-"""Forward kernel of joint attention: online softmax over one stream's keys after the other."""
+"""Forward kernel of joint attention: a softmax without a shift, checked by its sums, and one with a running maximum.
+
+A softmax is commonly shifted by the row's largest score, so that no exponential overflows; finding and following that score
+is half of the work. Between normalised q and k scores are bounded (Cauchy-Schwarz: |q k| <= ||q|| ||k||, and rows normalised
+over d with unit gains have norm sqrt(d)), 2^16 = 2^(128^0.5 log2(e)) is the largest exponential there is at d = 128, and no
+shift is needed. Whether it was needed, the unshifted row shows by itself: its sum r = sum_j 2^s_j tells overflow and
+underflow apart from the rest. So a block of queries is computed without a shift; if a row's r or output is out of range, the
+program computes its block once more with a running maximum. Nothing need be known of q and k, no bound is computed, and
+the choice is made on the device, per head and block.
+
+Proof that a row in range is as exact as a shifted one. Let n be the number of keys, u the smallest number P holds.
+- No 2^s_j <= r overflowed, as r <= 2^64; no partial sum of P v did, as the output is finite before its division.
+- An exponential below u is lost: at most u / 2 of r each, n u / (2 r) of the row. With r >= 2^-64 and u = 2^-126 (bfloat16 and
+  float32) that is n 2^-63. In float16 P is a multiple of u = 2^-24, so r >= n 2^-12 is asked for: 2^-13, a quarter of an ulp.
+- Every other rounding is relative to its term, shifted or not.
+"""
 
 from __future__ import annotations
 
@@ -11,28 +26,108 @@ LN2: tl.constexpr = tl.constexpr(math.log(2))
 
 
 @triton.jit
-def attend(
-    acc, total, top, q, k_ptr, v_ptr, key_mask_ptr, mask_ptr, rows_ptr, cols_ptr, batch, i, t, query, start,
-    length, first_length, k_stride, v_stride,
-    SCALE: tl.constexpr, WIDTH: tl.constexpr, KEY_MASKED: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr, EXACT: tl.constexpr, KEYS: tl.constexpr, COLS: tl.constexpr, TAIL: tl.constexpr,
+def load_keys(
+    k_ptr, v_ptr, key_mask_ptr, batch, start, length, k_stride, v_stride,
+    WIDTH: tl.constexpr, KEY_MASKED: tl.constexpr, KEYS: tl.constexpr, COLS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys in the online softmax: output [QUERIES, COLS], row sum [QUERIES, 16] and running maximum [QUERIES]."""
+    """One block of k and v [KEYS, COLS], and which keys count [KEYS]; the others read as 0."""
     key = start + tl.arange(0, KEYS)
     cols = tl.arange(0, COLS)
-    whole: tl.constexpr = not (TAIL or KEY_MASKED)
+    v = load_tokens(v_ptr, batch, key, length, v_stride, cols, WIDTH, key < length, not TAIL)
+    k = load_tokens(k_ptr, batch, key, length, k_stride, cols, WIDTH, key < length, not TAIL).to(v.dtype)
     keep = kept(key_mask_ptr, batch, key, length, KEY_MASKED)
-    v = load_tokens(v_ptr, batch, key, length, v_stride, cols, WIDTH, keep, whole)  # [KEYS, COLS]
-    k = load_tokens(k_ptr, batch, key, length, k_stride, cols, WIDTH, keep, whole).to(v.dtype)
+    if KEY_MASKED:  # after the loads, which need not wait for the mask
+        k = tl.where(keep[:, None], k, 0.0)
+        v = tl.where(keep[:, None], v, 0.0)
+    return k, v, keep
+
+
+@triton.jit
+def kept_range(key_mask_ptr, batch, length, KEY_MASKED: tl.constexpr):
+    """How many keys come before the first that does not count, and how many up to the last that does."""
+    lead = length + 0
+    last = length + 0
+    if KEY_MASKED:
+        leads = tl.zeros((1024,), tl.int32) + length
+        lasts = tl.zeros((1024,), tl.int32)
+        for start in tl.range(0, length, 1024, num_stages=1):
+            key = start + tl.arange(0, 1024)
+            keep = kept(key_mask_ptr, batch, key, length, True)
+            leads = tl.where(keep | (key >= length), leads, tl.minimum(leads, key))
+            lasts = tl.where(keep, key + 1, lasts)
+        lead = tl.min(leads, 0)
+        last = tl.max(lasts, 0)
+    return lead, last
+
+
+@triton.jit
+def load_queries(
+    q_ptr, query_mask_ptr, batch, first, length, q_stride, query_masked,
+    WIDTH: tl.constexpr, QUERIES: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Token numbers [QUERIES], which of them count, and q [QUERIES, COLS], whose other rows read as 0."""
+    query = first + tl.arange(0, QUERIES)
+    keep = query < length
+    if query_masked:
+        keep = kept(query_mask_ptr, batch, query, length, True)
+    return query, keep, load_tokens(q_ptr, batch, query, length, q_stride, tl.arange(0, COLS), WIDTH, keep, False)
+
+
+@triton.jit
+def gather(
+    acc, total, q, k, v, keep, query, start, i, t,
+    SCALE: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, BY_DOT: tl.constexpr,
+):  # fmt: skip
+    """One block of keys without a shift: output [QUERIES, COLS] and, in eight columns, row sum [QUERIES, 8].
+
+    Keys that do not count have v = 0. Where the tensor cores have time (BY_DOT), they sum the rows, as a product with a tile
+    that is 1 for each key that counts, so that a mask costs nothing per score. Else every thread adds what it holds.
+    """
+    p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * SCALE)  # [QUERIES, KEYS]
+    if CAUSAL:
+        key = start + tl.arange(0, k.shape[0])
+        p = tl.where((query[:, None] >= key[None, :]) | (i != t), p, 0.0)
+    if BY_DOT:
+        counts = tl.full((k.shape[0], 8), 1.0, tl.float32)
+        if not WHOLE:
+            counts = tl.where(keep[:, None], counts, 0.0)
+        total = tl.dot(p.to(v.dtype), counts.to(v.dtype), total, input_precision=PRECISION)
+    else:
+        if not WHOLE:
+            p = tl.where(keep[None, :], p, 0.0)
+        total += tl.sum(tl.reshape(p, (p.shape[0], p.shape[1] // 8, 8)), 1)
+    return tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION), total
+
+
+@triton.jit
+def in_range(acc, total, keep, keys, HALF: tl.constexpr):
+    """Whether every row that counts came out as exact as a shifted one (see the module's text)."""
+    least = keys * (1.0 / 4096) if HALF else 1 / 2.0**64
+    good = ((total >= least) & (total <= 2.0**64)) | ~keep
+    finite = tl.min(tl.ravel((tl.abs(acc) <= 2.0**126).to(tl.int32)), 0)  # by rows it crashes the compiler for sm_100
+    return tl.min(good.to(tl.int32) & finite, 0) != 0
+
+
+@triton.jit
+def attend(
+    acc, total, top, q, k, v, keep, mask_ptr, rows_ptr, cols_ptr, batch, i, t, query, start, first_length,
+    SCALE: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    EMPTY: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """One block of keys in the online softmax: output [QUERIES, COLS], row sum [QUERIES, 16] and running maximum [QUERIES].
+
+    EMPTY: a row may have seen no key yet.
+    """
     s = products(q, k, PRECISION, EXACT) * SCALE  # [QUERIES, KEYS]
-    if not whole:
+    if not WHOLE:
         s = tl.where(keep[None, :], s, float("-inf"))
     if CAUSAL or MASKED:
+        key = start + tl.arange(0, k.shape[0])
         valid = allowed(mask_ptr, rows_ptr, cols_ptr, batch, i, t, query[:, None], key[None, :], first_length, CAUSAL, MASKED)
         s = tl.where(valid, s, float("-inf"))
     new_top = tl.maximum(top, tl.max(s, 1))
     shift = new_top
-    if CAUSAL or MASKED or KEY_MASKED:  # a row may have seen no key yet
+    if EMPTY:
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
     p = power(s - shift[:, None], EXACT).to(v.dtype)
     decay = power(top - shift, EXACT)[:, None]
@@ -42,78 +137,12 @@ def attend(
 
 
 @triton.jit
-def joint_attention_fwd_body(
-    q_ptrs,  # (B, L_s, H, d) per stream, tokens a stride apart
-    k_ptrs,  # likewise
-    v_ptrs,  # likewise
-    key_mask_ptrs,  # (B, L_s) bool
-    mask_ptr,  # (B, L_0, L_0) bool
-    rows_ptr,  # (B, L_0) bool: any of the mask's row
-    cols_ptr,  # (B, L_0) bool: any of the mask's column
-    o_ptrs,  # (B, L_s, H, d)
-    lse_ptrs,  # (B, H, L_s) float32, base 2; EXACT: (B, H, L_s, 2), the largest score and the sum, base e
-    log_ptrs,  # (B, H, L_s) float32, base e
-    LENGTHS,
-    Q_STRIDES_,
-    K_STRIDES_,
-    V_STRIDES_,
-    V_AT,  # where v starts in a packed projection
-    HEADS,
-    WIDTH,  # d
-    SCALE,  # softmax scale, in base 2 times log2(e)
-    KEY_MASKS_,  # per stream, whether it has a key mask
-    CAUSAL,
-    MASKED,
-    PRECISION,
-    EXACT,  # base e and exponentials within an ulp
-    LOGS,  # whether log_ptrs are wanted
-    QUERIES,
-    KEYS,
-    COLS,
-):
-    """Grid (B * H * blocks of QUERIES tokens over all streams,)."""
-    blocks = 0
-    for t in tl.static_range(len(q_ptrs)):
-        blocks += tl.cdiv(LENGTHS[t], QUERIES)
-    head = tl.program_id(0) // blocks % HEADS
-    batch = (tl.program_id(0) // blocks // HEADS).to(tl.int64)
-    block = tl.program_id(0) % blocks
-    i, q_ptr, length, q_stride, first = stream_of(block, q_ptrs, LENGTHS, Q_STRIDES_, QUERIES)
-    _, o_ptr, _, _, _ = stream_of(block, o_ptrs, LENGTHS, Q_STRIDES_, QUERIES)
-    _, lse_ptr, _, _, _ = stream_of(block, lse_ptrs, LENGTHS, Q_STRIDES_, QUERIES)
-    _, query_mask_ptr, _, _, _ = stream_of(block, key_mask_ptrs, LENGTHS, Q_STRIDES_, QUERIES)
-    _, _, _, query_masked, _ = stream_of(block, key_mask_ptrs, LENGTHS, KEY_MASKS_, QUERIES)
-
-    query = first + tl.arange(0, QUERIES)
+def store_rows(
+    acc, total, top, keep, query, batch, head, length, o_ptr, lse_ptr, log_ptr,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr, LOGS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Outputs and log-sum-exps from accumulated output [QUERIES, COLS], row sum and shift [QUERIES]."""
     cols = tl.arange(0, COLS)
-    keep = query < length
-    if query_masked:
-        keep = kept(query_mask_ptr, batch, query, length, True)
-    q = load_tokens(q_ptr + head * WIDTH, batch, query, length, q_stride, cols, WIDTH, keep, False)  # [QUERIES, COLS]
-    q = q.to(v_ptrs[0].dtype.element_ty)
-    acc = tl.zeros((QUERIES, COLS), tl.float32)
-    total = tl.zeros((QUERIES, 16), tl.float32)
-    top = tl.full((QUERIES,), float("-inf"), tl.float32)
-    for t in tl.static_range(len(k_ptrs)):
-        k_ptr = k_ptrs[t] + head * WIDTH
-        v_ptr = v_ptrs[t] + head * WIDTH + V_AT
-        end = LENGTHS[t] + 0
-        if CAUSAL:
-            end = tl.where(i == t, tl.minimum(LENGTHS[t], first + QUERIES), LENGTHS[t])
-        full = end // KEYS * KEYS
-        for start in range(0, full, KEYS):
-            acc, total, top = attend(
-                acc, total, top, q, k_ptr, v_ptr, key_mask_ptrs[t], mask_ptr, rows_ptr, cols_ptr, batch, i, t, query, start,
-                LENGTHS[t], LENGTHS[0], K_STRIDES_[t], V_STRIDES_[t],
-                SCALE, WIDTH, KEY_MASKS_[t], CAUSAL, MASKED, PRECISION, EXACT, KEYS, COLS, TAIL=False,
-            )  # fmt: skip
-        if full < end:
-            acc, total, top = attend(
-                acc, total, top, q, k_ptr, v_ptr, key_mask_ptrs[t], mask_ptr, rows_ptr, cols_ptr, batch, i, t, query, full,
-                LENGTHS[t], LENGTHS[0], K_STRIDES_[t], V_STRIDES_[t],
-                SCALE, WIDTH, KEY_MASKS_[t], CAUSAL, MASKED, PRECISION, EXACT, KEYS, COLS, TAIL=True,
-            )  # fmt: skip
-    total = tl.max(total, 1)
     seen = keep & (total > 0)
     total = tl.where(seen, total, 1.0)
     o = tl.div_rn(acc, tl.broadcast_to(total[:, None], acc.shape)) if EXACT else acc * (1.0 / total)[:, None]
@@ -132,5 +161,170 @@ def joint_attention_fwd_body(
         tl.store(lse_ptr + at, lse, mask=query < length)
         log = lse * LN2
     if LOGS:
-        _, log_ptr, _, _, _ = stream_of(block, log_ptrs, LENGTHS, Q_STRIDES_, QUERIES)
         tl.store(log_ptr + at, log, mask=query < length)
+
+
+@triton.jit
+def shifted_softmax(
+    q_ptr, k_ptrs, v_ptrs, query_mask_ptr, key_mask_ptrs, mask_ptr, rows_ptr, cols_ptr, o_ptr, lse_ptr, log_ptr,
+    batch, head, i, first, length, q_stride, query_masked, LENGTHS, K_STRIDES_, V_STRIDES_, V_AT: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, SCALE: tl.constexpr, KEY_MASKS_, CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr, LOGS: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A block of queries with a running maximum, from its loads to its stores."""
+    query, keep, q = load_queries(
+        q_ptr + head * WIDTH, query_mask_ptr, batch, first, length, q_stride, query_masked, WIDTH, QUERIES, COLS
+    )
+    q = q.to(v_ptrs[0].dtype.element_ty)
+    acc = tl.zeros((QUERIES, COLS), tl.float32)
+    total = tl.zeros((QUERIES, 16), tl.float32)
+    top = tl.full((QUERIES,), float("-inf"), tl.float32)
+    for t in tl.static_range(len(k_ptrs)):
+        k_ptr = k_ptrs[t] + head // GROUP * WIDTH
+        v_ptr = v_ptrs[t] + head // GROUP * WIDTH + V_AT
+        end = LENGTHS[t] + 0
+        if CAUSAL:
+            end = tl.where(i == t, tl.minimum(LENGTHS[t], first + QUERIES), LENGTHS[t])
+        full = end // KEYS * KEYS
+        for start in tl.range(0, full, KEYS, num_stages=STAGES):
+            k, v, kept_keys = load_keys(
+                k_ptr, v_ptr, key_mask_ptrs[t], batch, start, LENGTHS[t], K_STRIDES_[t], V_STRIDES_[t],
+                WIDTH, KEY_MASKS_[t], KEYS, COLS, False,
+            )  # fmt: skip
+            acc, total, top = attend(
+                acc, total, top, q, k, v, kept_keys, mask_ptr, rows_ptr, cols_ptr, batch, i, t, query, start, LENGTHS[0],
+                SCALE, CAUSAL, MASKED, PRECISION, EXACT, CAUSAL or MASKED or KEY_MASKS_[t], not KEY_MASKS_[t],
+            )  # fmt: skip
+        if full < end:
+            k, v, kept_keys = load_keys(
+                k_ptr, v_ptr, key_mask_ptrs[t], batch, full, LENGTHS[t], K_STRIDES_[t], V_STRIDES_[t],
+                WIDTH, KEY_MASKS_[t], KEYS, COLS, True,
+            )  # fmt: skip
+            acc, total, top = attend(
+                acc, total, top, q, k, v, kept_keys, mask_ptr, rows_ptr, cols_ptr, batch, i, t, query, full, LENGTHS[0],
+                SCALE, CAUSAL, MASKED, PRECISION, EXACT, CAUSAL or MASKED or KEY_MASKS_[t], False,
+            )  # fmt: skip
+    store_rows(
+        acc, tl.max(total, 1), top, keep, query, batch, head, length, o_ptr, lse_ptr, log_ptr, HEADS, WIDTH, EXACT, LOGS, COLS
+    )
+
+
+@triton.jit
+def joint_attention_fwd_body(
+    q_ptrs,  # (B, L_s, H, d) per stream, tokens a stride apart
+    k_ptrs,  # (B, L_s, H / GROUP, d), likewise
+    v_ptrs,  # likewise
+    key_mask_ptrs,  # (B, L_s) bool
+    mask_ptr,  # (B, L_0, L_0) bool
+    rows_ptr,  # (B, L_0) bool: any of the mask's row
+    cols_ptr,  # (B, L_0) bool: any of the mask's column
+    o_ptrs,  # (B, L_s, H, d)
+    lse_ptrs,  # (B, H, L_s) float32, base 2; EXACT: (B, H, L_s, 2), the largest score and the sum, base e
+    log_ptrs,  # (B, H, L_s) float32, base e
+    LENGTHS,
+    Q_STRIDES_,
+    K_STRIDES_,
+    V_STRIDES_,
+    V_AT,  # where v starts in a packed projection
+    HEADS,
+    GROUP,  # heads of q that share one of k and v
+    WIDTH,  # d
+    SCALE,  # softmax scale, in base 2 times log2(e)
+    KEY_MASKS_,  # per stream, whether it has a key mask
+    CAUSAL,
+    MASKED,
+    PRECISION,
+    EXACT,  # base e and exponentials within an ulp
+    LOGS,  # whether log_ptrs are wanted
+    SHIFTED,  # always a running maximum
+    KEY_BLOCKS_,  # per stream, its blocks of KEYS keys, all loaded at once; 0: a loop over them
+    QUERIES,
+    KEYS,
+    COLS,
+):
+    """Grid (B * H * blocks of QUERIES tokens over all streams,)."""
+    blocks = 0
+    for t in tl.static_range(len(q_ptrs)):
+        blocks += tl.cdiv(LENGTHS[t], QUERIES)
+    head = tl.program_id(0) // blocks % HEADS
+    batch = (tl.program_id(0) // blocks // HEADS).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    i, q_ptr, length, q_stride, first = stream_of(block, q_ptrs, LENGTHS, Q_STRIDES_, QUERIES)
+    _, o_ptr, _, _, _ = stream_of(block, o_ptrs, LENGTHS, Q_STRIDES_, QUERIES)
+    _, lse_ptr, _, _, _ = stream_of(block, lse_ptrs, LENGTHS, Q_STRIDES_, QUERIES)
+    _, log_ptr, _, _, _ = stream_of(block, log_ptrs, LENGTHS, Q_STRIDES_, QUERIES)
+    _, query_mask_ptr, _, query_masked, _ = stream_of(block, key_mask_ptrs, LENGTHS, KEY_MASKS_, QUERIES)
+    if SHIFTED:
+        shifted_softmax(
+            q_ptr, k_ptrs, v_ptrs, query_mask_ptr, key_mask_ptrs, mask_ptr, rows_ptr, cols_ptr, o_ptr, lse_ptr, log_ptr,
+            batch, head, i, first, length, q_stride, query_masked, LENGTHS, K_STRIDES_, V_STRIDES_, V_AT,
+            HEADS, GROUP, WIDTH, SCALE, KEY_MASKS_, CAUSAL, MASKED, PRECISION, EXACT, LOGS, QUERIES, KEYS, COLS, None,
+        )  # fmt: skip
+    else:
+        query, keep, q = load_queries(
+            q_ptr + head * WIDTH, query_mask_ptr, batch, first, length, q_stride, query_masked, WIDTH, QUERIES, COLS
+        )
+        q = q.to(v_ptrs[0].dtype.element_ty)
+        by_dot: tl.constexpr = COLS <= 32
+        acc = tl.zeros((QUERIES, COLS), tl.float32)
+        total = tl.zeros((QUERIES, 8), tl.float32)
+        keys = 0
+        for t in tl.static_range(len(k_ptrs)):
+            keys += LENGTHS[t]
+            k_ptr = k_ptrs[t] + head // GROUP * WIDTH
+            v_ptr = v_ptrs[t] + head // GROUP * WIDTH + V_AT
+            if KEY_BLOCKS_[t] > 0:
+                ks = ()
+                vs = ()
+                keeps = ()
+                for j in tl.static_range(KEY_BLOCKS_[t]):
+                    k, v, kept_keys = load_keys(
+                        k_ptr, v_ptr, key_mask_ptrs[t], batch, j * KEYS, LENGTHS[t], K_STRIDES_[t], V_STRIDES_[t],
+                        WIDTH, KEY_MASKS_[t], KEYS, COLS, j == KEY_BLOCKS_[t] - 1,
+                    )  # fmt: skip
+                    ks = ks + (k,)
+                    vs = vs + (v,)
+                    keeps = keeps + (kept_keys,)
+                for j in tl.static_range(KEY_BLOCKS_[t]):
+                    acc, total = gather(
+                        acc, total, q, ks[j], vs[j], keeps[j], query, j * KEYS, i, t,
+                        SCALE, CAUSAL, PRECISION, not (KEY_MASKS_[t] or j == KEY_BLOCKS_[t] - 1), by_dot,
+                    )  # fmt: skip
+            else:
+                lead, end = kept_range(key_mask_ptrs[t], batch, LENGTHS[t], KEY_MASKS_[t])
+                if CAUSAL:
+                    end = tl.where(i == t, tl.minimum(end, first + QUERIES), end)
+                full = tl.minimum(lead, end) // KEYS * KEYS
+                for start in range(0, full, KEYS):
+                    k, v, kept_keys = load_keys(
+                        k_ptr, v_ptr, key_mask_ptrs[t], batch, start, LENGTHS[t], K_STRIDES_[t], V_STRIDES_[t],
+                        WIDTH, False, KEYS, COLS, False,
+                    )  # fmt: skip
+                    acc, total = gather(
+                        acc, total, q, k, v, kept_keys, query, start, i, t, SCALE, CAUSAL, PRECISION, True, by_dot
+                    )
+                # The tail, and with a key mask all that follows the first masked key: one block if the mask is padding.
+                for start in tl.range(full, end, KEYS, num_stages=1):
+                    k, v, kept_keys = load_keys(
+                        k_ptr, v_ptr, key_mask_ptrs[t], batch, start, LENGTHS[t], K_STRIDES_[t], V_STRIDES_[t],
+                        WIDTH, KEY_MASKS_[t], KEYS, COLS, True,
+                    )  # fmt: skip
+                    acc, total = gather(
+                        acc, total, q, k, v, kept_keys, query, start, i, t, SCALE, CAUSAL, PRECISION, False, by_dot
+                    )
+        sums = tl.max(total, 1) if by_dot else tl.sum(total, 1)
+        if in_range(acc, sums, keep, keys, v_ptrs[0].dtype.element_ty == tl.float16):
+            store_rows(
+                acc, sums, tl.zeros_like(sums), keep, query, batch, head, length, o_ptr, lse_ptr, log_ptr,
+                HEADS, WIDTH, EXACT, LOGS, COLS,
+            )  # fmt: skip
+        else:
+            # Rare: small tiles that shape neither registers nor shared memory of the kernel.
+            for part in tl.range(0, QUERIES // 64, num_stages=1):
+                shifted_softmax(
+                    q_ptr, k_ptrs, v_ptrs, query_mask_ptr, key_mask_ptrs, mask_ptr, rows_ptr, cols_ptr, o_ptr, lse_ptr, log_ptr,
+                    batch, head, i, first + part * 64, length, q_stride, query_masked, LENGTHS, K_STRIDES_,
+                    V_STRIDES_, V_AT, HEADS, GROUP, WIDTH, SCALE, KEY_MASKS_, CAUSAL, MASKED, PRECISION, EXACT, LOGS,
+                    64, 32, COLS, 1,
+                )  # fmt: skip

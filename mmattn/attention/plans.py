@@ -15,31 +15,52 @@ LOG2E = math.log2(math.e)
 
 
 def tiles(kind: str, d: int, dtype: str, masked: bool, precision: str) -> tuple[dict[str, int], int, int]:
-    """Tile, warps and stages of a kernel ("fwd", "dkdv" or "dq").
+    """Tile, warps and stages of a kernel ("dkdv", "dq", or "fwd" with a running maximum).
 
-    Below head width 64 exponentials and instruction issue bind, small programs of few warps keep all units busy (measured:
-    64 x 64 tiles with 2 warps, docs/facts.md); a mask costs registers, so those take 4 warps. At 64 and above the tensor
-    cores bind and wgmma wants 4 warps on 128 queries. IEEE float32 dots run on the FMA pipes with whole operand rows in
-    registers: small tiles and 8 warps, or they spill by the kilobyte; 32 columns at least, for `products` to halve.
+    IEEE float32 dots run on the FMA pipes with whole operand rows in registers: small tiles and 8 warps, or they spill by the
+    kilobyte; 32 columns at least, for `products` to halve.
     """
     cols = max(16, next_power_of_2(d))
     if dtype == "float32" and precision == "ieee":
         cols = max(32, cols)
         size = 32 if cols == 32 else 16
         return dict(QUERIES=size, KEYS=size, COLS=cols), 8, 1
-    if kind == "fwd" and not masked and dtype != "float32":
-        if cols <= 32:
-            return dict(QUERIES=64, KEYS=64, COLS=cols), 2, 2
-        return dict(QUERIES=128, KEYS=64, COLS=cols), 8 if cols > 64 else 4, 3
-    keys = 32 if kind == "fwd" and cols == 32 else 64  # 64 spill
+    keys = 32 if kind == "fwd" and cols <= 32 else 64  # 64 spill
     return dict(QUERIES=64, KEYS=keys, COLS=cols), 8 if cols > 64 else 4, 2 if dtype != "float32" else 1
+
+
+SHORT = 256  # joint lengths up to which all keys of a head are loaded at once
+
+
+def unshifted_tiles(d: int, dtype: str, keys: int, masked: bool) -> tuple[dict[str, int], int, int]:
+    """Tile, warps and stages of the forward without a running maximum.
+
+    Measured in docs/facts.md. Below head width 64 instruction issue binds, and what counts is how many warps share the issue
+    slots: few registers for short sequences, more queries a warp for long ones. Above, the tensor cores bind, and wgmma wants
+    as many queries as registers hold.
+    """
+    cols = max(16, next_power_of_2(d))
+    if dtype == "float32":
+        return dict(QUERIES=64, KEYS=64 if cols <= 64 else 32, COLS=cols), 8 if cols > 64 else 4, 1
+    if keys <= SHORT and cols <= 32:
+        return dict(QUERIES=64, KEYS=64, COLS=cols), 4, 1
+    if cols == 16:
+        return dict(QUERIES=64 if keys <= 1024 else 128, KEYS=64, COLS=cols), 2, 3
+    if cols == 32:
+        return dict(QUERIES=64, KEYS=64, COLS=cols), 4, 3
+    if cols == 64:
+        return dict(QUERIES=128, KEYS=32 if masked else 64, COLS=cols), 4, 4  # 64 spill with masks on two streams
+    return dict(QUERIES=128, KEYS=64, COLS=cols), 8, 3
 
 
 def meta(a, kind: str, *, causal: bool, scale: float, precision: str, v_at: int = 0, **more) -> tuple[dict, int, int]:
     n = len(a.q)
     masked = a.attn_mask is not None or causal or any(m is not None for m in a.key_masks)
     exact = is_exact(a, precision)
-    tile, warps, stages = tiles(kind, a.q[0].shape[3], spec(a.v[0]).dtype, masked, precision)
+    if kind == "unshifted":
+        tile, warps, stages = unshifted_tiles(a.q[0].shape[3], spec(a.v[0]).dtype, sum(lengths(a)), masked)
+    else:
+        tile, warps, stages = tiles(kind, a.q[0].shape[3], spec(a.v[0]).dtype, masked, precision)
     constants = dict(
         V_AT=v_at,
         HEADS=a.q[0].shape[2],
@@ -151,7 +172,12 @@ def attention_forward(run, a, *, return_lse: bool, precision: str, **static):
     B, _, H, _ = a.q[0].shape
     anys = tuple(run(any_plan(spec(a.attn_mask)), a.attn_mask)) if any_specs(a) else ()
     n = len(a.q)
-    constants, warps, stages = meta(a, "fwd", LOGS=return_lse, precision=precision, **static)
+    # A row of a mask that is empty would send its block the long way for nothing.
+    shifted = is_exact(a, precision) or a.attn_mask is not None
+    more = dict(GROUP=1, LOGS=return_lse, SHIFTED=shifted)
+    constants, warps, stages = meta(a, "fwd" if shifted else "unshifted", precision=precision, **more, **static)
+    at_once = not shifted and not static["causal"] and constants["COLS"] <= 32 and sum(lengths(a)) <= SHORT
+    constants |= {f"KEY_BLOCK{i}": cdiv(L, constants["KEYS"]) if at_once else 0 for i, L in enumerate(lengths(a))}
     outs = o_specs(a) + lse_specs(a, precision) + (log_specs(a) if return_lse else (UNUSED,) * n)
     p = plan(joint_attention_fwd_body, lengths(a), B * H, constants["QUERIES"], outs, tuple(constants.items()), warps, stages)
     results = tuple(run(p, *a.q, *a.k, *a.v, *mask_inputs(a, anys)))
@@ -165,15 +191,17 @@ def attention_backward(run, a, outs, residuals, douts, *, precision: str, wide: 
     n = len(a.q)
     o, do, dlse, lse, anys = outs[:n], douts[:n], douts[n:], residuals[:n], residuals[n:]
     delta = tuple(run(delta_plan(log_specs(a), d, bool(dlse), is_exact(a, precision)), *o, *do, *lse, *(dlse or lse)))
-    inputs = (*a.q, *a.k, *a.v, *mask_inputs(a, anys), *do, *lse, *delta)
+    inputs = (*a.q, *a.k, *a.v, *mask_inputs(a, anys), *do, *lse)
     static |= dict(precision=precision, GRADIENT_SCALE=static["scale"])
-    constants, warps, stages = meta(a, "dkdv", **static)
-    outs = tuple(Spec(tuple(x.shape), "float32" if wide else spec(x).dtype) for x in a.k) + tuple(
-        Spec(tuple(x.shape), spec(a.v[0]).dtype) for x in a.k
-    )
-    p = plan(joint_attention_bwd_dkdv_body, lengths(a), B * H, constants["KEYS"], outs, tuple(constants.items()), warps, stages)
-    dkdv = tuple(run(p, *inputs))
+    kind = lambda x: "float32" if wide else spec(x).dtype
     constants, warps, stages = meta(a, "dq", **static)
-    outs = tuple(Spec(tuple(x.shape), "float32" if wide else spec(x).dtype) for x in a.q)
+    exact = log_specs(a) if is_exact(a, precision) else (UNUSED,) * n
+    outs = tuple(Spec(tuple(x.shape), kind(x)) for x in a.q) + exact
     p = plan(joint_attention_bwd_dq_body, lengths(a), B * H, constants["QUERIES"], outs, tuple(constants.items()), warps, stages)
-    return tuple(run(p, *inputs)), dkdv[:n], dkdv[n:]
+    results = tuple(run(p, *inputs, *delta))
+    dq, delta = results[:n], results[n:] if is_exact(a, precision) else delta
+    constants, warps, stages = meta(a, "dkdv", **static)
+    outs = tuple(Spec(tuple(x.shape), kind(x)) for x in a.k) + tuple(Spec(tuple(x.shape), spec(a.v[0]).dtype) for x in a.k)
+    p = plan(joint_attention_bwd_dkdv_body, lengths(a), B * H, constants["KEYS"], outs, tuple(constants.items()), warps, stages)
+    dkdv = tuple(run(p, *inputs, *delta))
+    return dq, dkdv[:n], dkdv[n:]
