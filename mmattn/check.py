@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 
-from .op import FLOATS, Row, dtype_name
+from .op import FLOATS, Row, dtype_name, row_stride
 
 
 def is_array(op: str, name: str, x) -> None:
@@ -67,6 +67,18 @@ def vector_dtype(op: str, name: str, v, like: str, like_name: str) -> None:
     dtype = floating(op, name, v)
     if dtype not in ("float32", like):
         raise TypeError(f"{op}: {name} has dtype {dtype}; expected float32 or {like_name}'s dtype, {like}. Cast {name}.")
+
+
+def addressable(op: str, name: str, x, dense: int) -> None:
+    """The tokens of one sample of x (B, L, ...), rows of `dense` axes, are counted in 32 bits."""
+    if not all(isinstance(n, int) for n in x.shape):  # a tracer's length, which must not be compared
+        return
+    rows, stride = x.shape[1], row_stride(x, dense) or math.prod(x.shape[2:])
+    if rows * stride >= 2**31:
+        raise ValueError(
+            f"{op}: {name} has {rows} tokens, {stride} elements apart; expected less than 2^31 elements per sample. "
+            "Split the tokens into streams."
+        )
 
 
 def same_dtype(op: str, name: str, x, like: str, like_name: str) -> None:

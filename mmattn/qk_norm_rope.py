@@ -414,7 +414,7 @@ def per_stream(op: str, name: str, x, n: int) -> tuple:
     """x as a tuple of n entries, one per stream; None means None for each."""
     x = x if isinstance(x, tuple | list) else (x,) * n if x is None else (x,)
     if len(x) != n:
-        raise ValueError(f"{op}: {name} has {len(x)} entries; expected {n}, one per stream. Give None for a stream without.")
+        raise ValueError(f"{op}: {name} has {len(x)} entries; expected {n}, one per stream. Give a tuple.")
     return tuple(x)
 
 
@@ -443,6 +443,7 @@ def norm_operands(op: str, qkv, q_weight, k_weight, over, eps, cos, sin, start_p
         want = (B, x.shape[1], 3, H, d)
         check.shape(op, name, x, ("B, L, 3, H, d", want), remedy="All streams share the batch, the heads and the head width.")
         check.same_dtype(op, name, x, dtype, "qkv[0]")
+        check.addressable(op, name, x, 3)
         check.width(op, "the head width", d, 8, 128)
         check.width(op, "the width, heads * head width,", H * d)
         width = H * d if over == "width" else d

@@ -362,6 +362,7 @@ def joint_attention_cases():
     yield case("scattered-key-masks-causal", heads(1, 1, 64, 130) | scattered(1, 130), dict(causal=True))
     yield case("packed", {name: Part((2, 37, 3, 2, 16), part) for part, name in enumerate("qkv")})
     yield case("empty-batch", heads(0, 2, 16, 37, 5))
+    yield case("no-tokens", heads(2, 2, 16, 0), dict(return_lse=True), **PRODUCTION)
     yield case("production", heads(1, 3, 64, 186, 77), **PRODUCTION)
     for d in (8, 32, 40, 96):
         yield case(f"gpu-width-{d}", heads(2, 4, d, 333, 154), **LARGE)

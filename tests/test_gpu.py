@@ -20,6 +20,7 @@ TINY = [
     Case("layernorm_adaln", "tiny", tiny("x") | sample(7, 8, "scale", "shift")),
     Case("rms_norm", "tiny", tiny("x") | shared(8, "weight")),
     Case("gated_residual", "tiny", tiny("residual", "h") | sample(7, 8, "gate")),
+    Case("gated_residual_norm_adaln", "tiny", tiny("residual", "h") | sample(7, 8, "gate", "scale") | shared(8, "h_weight")),
     Case("qk_norm_rope", "tiny", projections(7, 1, 8, 3, over="width") | rope(4, 8, True), dict(over="width")),
     Case("joint_attention", "tiny", heads(7, 1, 8, 3, 2), dict(return_lse=True)),
     Case("qk_norm_rope_attention", "tiny", projections(7, 1, 8, 3, 2, over="head") | rope(4, 8, True, False), dict(over="head")),

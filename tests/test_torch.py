@@ -630,6 +630,13 @@ def test_saved_tensors_may_come_back_with_other_looks(kernels):
     same(got, want, 0)
 
 
+@pytest.mark.parametrize("op", [mmattn_torch.joint_attention, mmattn_torch.relu_linear_attention])
+@pytest.mark.parametrize("lengths", [(0, 7), (7, 0)])
+def test_empty_stream(op, lengths, kernels):
+    streams = [leaf(2, n, HEADS, 24) for n in lengths]
+    both(lambda f: lambda a, b: f((a, b), (a, b), (a, b))[lengths.index(7)], op, streams)
+
+
 def test_one_gradient_of_two_outputs(kernels):
     """The gradient of an output that nobody used is None until the kernels need it."""
     q, c = leaf(2, 7, HEADS, 24), leaf(2, 5, HEADS, 24)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 from .. import check
 from ..op import Call, Op, cast, spec, wide
@@ -67,7 +68,8 @@ def attention_reference(xp, q, k, v, attn_mask, key_masks, *, causal: bool, scal
     mask = joint_mask(xp, q, attn_mask, key_masks, causal)[:, None]
     q, k, v = (xp.concatenate([silenced(xp, wide(x), m) for x, m in zip(xs, key_masks, strict=True)], axis=1) for xs in (q, k, v))
     s = xp.where(mask, xp.einsum("bqhd,bkhd->bhqk", q, k) * scale, -math.inf)
-    top = xp.amax(s, axis=-1, keepdims=True)
+    largest = xp.amax if sum(lengths) else xp.sum  # of no score at all there is no maximum, but a sum
+    top = largest(s, axis=-1, keepdims=True)
     seen = top > -math.inf
     p = xp.exp(s - xp.where(seen, top, xp.zeros_like(top)))
     total = xp.where(seen, xp.sum(p, axis=-1, keepdims=True), xp.ones_like(top))
@@ -140,13 +142,15 @@ def joint_operands(op: str, q, k, v) -> tuple[dict, bool]:
             check.vector_dtype(op, f"{name}[0]", x[0], dtype, "v")
             check.same_dtype(op, f"{name}[{i}]", x[i], check.floating(op, f"{name}[0]", x[0]), f"{name}[0]")
         check.same_dtype(op, f"v[{i}]", v[i], dtype, "v[0]")
+        for name, x in (("q", q[i]), ("k", k[i]), ("v", v[i])):
+            check.addressable(op, f"{name}[{i}]", x, 2)
     return dict(q=q, k=k, v=v), single
 
 
 def attention_static(op: str, d: int, causal, scale, return_lse, precision) -> dict:
     for name, flag in (("causal", causal), ("return_lse", return_lse)):
         check.flag(op, name, flag)
-    if scale is not None and not (isinstance(scale, float | int) and math.isfinite(scale)):
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not math.isfinite(scale)):
         raise ValueError(
             f"{op}: scale is {scale!r}; expected a finite number or None for 1 / sqrt(d). Pass a Python float, it is compiled in."
         )

@@ -125,7 +125,7 @@ def allowed(mask_ptr, rows_ptr, cols_ptr, batch, i, t, query, key, length, CAUSA
     if MASKED:
         own = (i == 0) & (t == 0)
         inside = (query < length) & (key < length)
-        seen = tl.load(mask_ptr + batch * length * length + (query * length + key), mask=inside & own, other=0) != 0
+        seen = tl.load(mask_ptr + batch * length * length + (query.to(tl.int64) * length + key), mask=inside & own, other=0) != 0
         if MASKED == 2:
             row = tl.load(rows_ptr + batch * length + query, mask=(query < length) & (i == 0), other=0) != 0
             col = tl.load(cols_ptr + batch * length + key, mask=(key < length) & (t == 0), other=0) != 0
@@ -147,12 +147,12 @@ def mask_any_kernel(
     blocks = tl.cdiv(LENGTH, LINES)
     over_rows = tl.program_id(0) % 2 == 0
     batch = (tl.program_id(0) // 2 // blocks).to(tl.int64)
-    line = tl.program_id(0) // 2 % blocks * LINES + tl.arange(0, LINES)
+    line = (tl.program_id(0) // 2 % blocks * LINES + tl.arange(0, LINES)).to(tl.int64)
     line_stride = tl.where(over_rows, LENGTH, 1)
     along_stride = tl.where(over_rows, 1, LENGTH)
     seen = tl.zeros((LINES, ALONG), tl.int32)
     for start in range(0, LENGTH, ALONG):
-        along = start + tl.arange(0, ALONG)
+        along = (start + tl.arange(0, ALONG)).to(tl.int64)
         at = line[:, None] * line_stride + along[None, :] * along_stride
         inside = (line < LENGTH)[:, None] & (along < LENGTH)[None, :]
         seen |= (tl.load(mask_ptr + batch * LENGTH * LENGTH + at, mask=inside, other=0) != 0).to(tl.int32)
