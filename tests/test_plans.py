@@ -27,7 +27,8 @@ POINTERS = dict(float32="*fp32", float16="*fp16", bfloat16="*bf16", int32="*i32"
 # Registers are a Triton version's: they are held to what was measured with this one. With others sm_90's code must compile.
 MEASURED = triton.__version__.startswith("3.7.")
 # Bytes of registers that a kernel's worst config may spill, by architecture; nothing elsewhere. Rounded up from what was
-# measured. sm_90 has one entry: a whole row of 16384 and its sums do not fit the registers of one program.
+# measured. sm_90 has two entries: a whole row of 16384 and its sums do not fit the registers of one program, nor do a table's
+# mask and the sums of partially rotated heads.
 SPILLS = {
     80: dict(
         joint_attention_fwd=512,
@@ -37,7 +38,7 @@ SPILLS = {
         linear_attention_bwd_state=384,
         adaln_bwd=384,
     ),
-    90: dict(adaln_bwd=384),
+    90: dict(adaln_bwd=384, qk_norm_rope_bwd=16),
     100: dict(
         joint_attention_fwd=128,
         linear_attention_fwd=64,
