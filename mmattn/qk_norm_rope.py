@@ -22,19 +22,30 @@ from .rows import sum_pair_plan
 
 
 @triton.jit
-def pair_columns(pair, WIDTH_HEAD: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Columns of the two elements that RoPE turns together, for pair numbers counted over all heads of a row."""
+def pair_columns(pair, WIDTH_HEAD: tl.constexpr, TURNED: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Columns of the two elements that RoPE turns together, for pair numbers counted over all heads of a row.
+
+    The first TURNED pairs of a head make up its first columns; the others, which are not turned, are paired alike.
+    """
     if INTERLEAVED:
         first = 2 * pair
         return first, first + 1
     else:
         half: tl.constexpr = WIDTH_HEAD // 2
-        first = pair // half * WIDTH_HEAD + pair % half
-        return first, first + half
+        i = pair % half
+        head = pair // half * WIDTH_HEAD
+        if half == TURNED:
+            return head + i, head + i + half
+        else:
+            first = head + tl.where(i < TURNED, i, i + TURNED)
+            return first, first + tl.where(i < TURNED, TURNED, half - TURNED)
 
 
 @triton.jit
-def load_pairs(ptr, row, inside, WIDTH: tl.constexpr, WIDTH_HEAD: tl.constexpr, INTERLEAVED: tl.constexpr, PAIRS: tl.constexpr):
+def load_pairs(
+    ptr, row, inside,
+    WIDTH: tl.constexpr, WIDTH_HEAD: tl.constexpr, TURNED: tl.constexpr, INTERLEAVED: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
     """Both halves [ROWS, PAIRS] of rows that start at `row` [ROWS], float32, zeros outside."""
     if INTERLEAVED:
         # One vectorised load; neighbours in a register pair are split without a shuffle.
@@ -43,7 +54,7 @@ def load_pairs(ptr, row, inside, WIDTH: tl.constexpr, WIDTH_HEAD: tl.constexpr, 
         return tl.split(tl.reshape(x.to(tl.float32), (row.shape[0], PAIRS, 2)))
     else:
         pair = tl.arange(0, PAIRS)
-        first, second = pair_columns(pair, WIDTH_HEAD, False)
+        first, second = pair_columns(pair, WIDTH_HEAD, TURNED, False)
         there = inside[:, None] & (2 * pair < WIDTH)[None, :]
         a = tl.load(ptr + row[:, None] + first[None, :], mask=there, other=0.0).to(tl.float32)
         b = tl.load(ptr + row[:, None] + second[None, :], mask=there, other=0.0).to(tl.float32)
@@ -52,8 +63,9 @@ def load_pairs(ptr, row, inside, WIDTH: tl.constexpr, WIDTH_HEAD: tl.constexpr, 
 
 @triton.jit
 def store_pairs(
-    ptr, row, inside, a, b, WIDTH: tl.constexpr, WIDTH_HEAD: tl.constexpr, INTERLEAVED: tl.constexpr, PAIRS: tl.constexpr
-):
+    ptr, row, inside, a, b,
+    WIDTH: tl.constexpr, WIDTH_HEAD: tl.constexpr, TURNED: tl.constexpr, INTERLEAVED: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
     """Inverse of load_pairs, rounded to the pointer's dtype."""
     a = a.to(ptr.dtype.element_ty)
     b = b.to(ptr.dtype.element_ty)
@@ -63,7 +75,7 @@ def store_pairs(
         tl.store(ptr + row[:, None] + cols[None, :], x, mask=inside[:, None] & (cols < WIDTH)[None, :])
     else:
         pair = tl.arange(0, PAIRS)
-        first, second = pair_columns(pair, WIDTH_HEAD, False)
+        first, second = pair_columns(pair, WIDTH_HEAD, TURNED, False)
         there = inside[:, None] & (2 * pair < WIDTH)[None, :]
         tl.store(ptr + row[:, None] + first[None, :], a, mask=there)
         tl.store(ptr + row[:, None] + second[None, :], b, mask=there)
@@ -72,17 +84,20 @@ def store_pairs(
 @triton.jit
 def load_rotation(
     cos_ptr, sin_ptr, start_ptr, b, token, inside, table,
-    WIDTH_HEAD: tl.constexpr, STARTED: tl.constexpr, POSITIONS: tl.constexpr, PAIRS: tl.constexpr,
+    WIDTH_HEAD: tl.constexpr, TURNED: tl.constexpr, STARTED: tl.constexpr, POSITIONS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """cos and sin [ROWS, PAIRS] of each row's position, which is clamped to the table."""
-    half: tl.constexpr = WIDTH_HEAD // 2
+    """cos and sin [ROWS, PAIRS] of each row's position, which is clamped to the table; 1 and 0 for pairs that are not turned."""
     position = token
     if STARTED:
         position += tl.load(start_ptr + b, mask=inside, other=0).to(token.dtype)
     position = tl.minimum(tl.maximum(position, 0), POSITIONS - 1)
-    at = (table + position)[:, None] * half + (tl.arange(0, PAIRS) % half)[None, :]
-    c = tl.load(cos_ptr + at, mask=inside[:, None], other=1.0).to(tl.float32)
-    s = tl.load(sin_ptr + at, mask=inside[:, None], other=0.0).to(tl.float32)
+    pair = tl.arange(0, PAIRS) % (WIDTH_HEAD // 2)
+    at = (table + position)[:, None] * TURNED + pair[None, :]
+    there = inside[:, None]
+    if 2 * TURNED < WIDTH_HEAD:
+        there &= (pair < TURNED)[None, :]
+    c = tl.load(cos_ptr + at, mask=there, other=1.0).to(tl.float32)
+    s = tl.load(sin_ptr + at, mask=there, other=0.0).to(tl.float32)
     return c, s
 
 
@@ -103,8 +118,8 @@ def qk_norm_rope_fwd_kernel(
     qkv_ptr,  # (B, L, 3, H, d)
     q_weight_ptr,  # (G, WIDTH)
     k_weight_ptr,  # (G, WIDTH)
-    cos_ptr,  # (T, POSITIONS, d/2) float32
-    sin_ptr,  # (T, POSITIONS, d/2) float32
+    cos_ptr,  # (T, POSITIONS, TURNED) float32
+    sin_ptr,  # (T, POSITIONS, TURNED) float32
     start_ptr,  # (B,) int32
     q_ptr,  # (B, L, H, d)
     k_ptr,  # (B, L, H, d)
@@ -114,6 +129,7 @@ def qk_norm_rope_fwd_kernel(
     WIDTH: tl.constexpr,  # elements of a row
     ROWS_PER_TOKEN: tl.constexpr,  # 1 over the width, H over the head
     WIDTH_HEAD: tl.constexpr,  # d
+    TURNED: tl.constexpr,  # pairs of a head that are turned
     EPS: tl.constexpr,
     ROTATED: tl.constexpr,
     STARTED: tl.constexpr,
@@ -136,19 +152,19 @@ def qk_norm_rope_fwd_kernel(
     if ROTATED:
         c, s = load_rotation(
             cos_ptr, sin_ptr, start_ptr, b, token % TOKENS, inside, b // TABLE_GROUP * POSITIONS,
-            WIDTH_HEAD, STARTED, POSITIONS, PAIRS,
+            WIDTH_HEAD, TURNED, STARTED, POSITIONS, PAIRS,
         )  # fmt: skip
-    first, second = pair_columns(tl.arange(0, PAIRS), WIDTH_HEAD, INTERLEAVED)
+    first, second = pair_columns(tl.arange(0, PAIRS), WIDTH_HEAD, TURNED, INTERLEAVED)
     there = 2 * tl.arange(0, PAIRS) < WIDTH
     for part in tl.static_range(2):
         weight = (k_weight_ptr if part else q_weight_ptr) + g.to(tl.int64) * WIDTH
-        a, b_ = load_pairs(qkv_ptr + part * D, packed, inside, WIDTH, WIDTH_HEAD, INTERLEAVED, PAIRS)  # [ROWS, PAIRS]
+        a, b_ = load_pairs(qkv_ptr + part * D, packed, inside, WIDTH, WIDTH_HEAD, TURNED, INTERLEAVED, PAIRS)  # [ROWS, PAIRS]
         a, b_, _ = rms(a, b_, WIDTH, EPS)
         a *= tl.load(weight + first, mask=there, other=0.0).to(tl.float32)[None, :]
         b_ *= tl.load(weight + second, mask=there, other=0.0).to(tl.float32)[None, :]
         if ROTATED:
             a, b_ = turn(a, b_, c, s)
-        store_pairs(k_ptr if part else q_ptr, row, inside, a, b_, WIDTH, WIDTH_HEAD, INTERLEAVED, PAIRS)
+        store_pairs(k_ptr if part else q_ptr, row, inside, a, b_, WIDTH, WIDTH_HEAD, TURNED, INTERLEAVED, PAIRS)
 
 
 @triton.jit(do_not_specialize=["TOKENS", "SAMPLES", "TABLE_GROUP", "CHUNKS", "BLOCKS"])
@@ -159,8 +175,8 @@ def qk_norm_rope_bwd_kernel(
     dv_ptr,  # (B, L, H, d)
     q_weight_ptr,  # (G, WIDTH)
     k_weight_ptr,  # (G, WIDTH)
-    cos_ptr,  # (T, POSITIONS, d/2) float32
-    sin_ptr,  # (T, POSITIONS, d/2) float32
+    cos_ptr,  # (T, POSITIONS, TURNED) float32
+    sin_ptr,  # (T, POSITIONS, TURNED) float32
     start_ptr,  # (B,) int32
     key_mask_ptr,  # (B, L) bool: a masked token reads as 0 and adds nothing to the gradients, whatever it holds
     dqkv_ptr,  # (B, L, 3, H, d)
@@ -174,6 +190,7 @@ def qk_norm_rope_bwd_kernel(
     WIDTH: tl.constexpr,
     ROWS_PER_TOKEN: tl.constexpr,
     WIDTH_HEAD: tl.constexpr,
+    TURNED: tl.constexpr,
     EPS: tl.constexpr,
     ROTATED: tl.constexpr,
     STARTED: tl.constexpr,
@@ -189,7 +206,7 @@ def qk_norm_rope_bwd_kernel(
     rows_of_group = SAMPLES * TOKENS * ROWS_PER_TOKEN
     g = tl.program_id(0) // CHUNKS
     start = tl.program_id(0) % CHUNKS * BLOCKS
-    first, second = pair_columns(tl.arange(0, PAIRS), WIDTH_HEAD, INTERLEAVED)
+    first, second = pair_columns(tl.arange(0, PAIRS), WIDTH_HEAD, TURNED, INTERLEAVED)
     there = 2 * tl.arange(0, PAIRS) < WIDTH
     cols = tl.arange(0, 2 * PAIRS)
     for part in tl.static_range(2):
@@ -208,13 +225,15 @@ def qk_norm_rope_bwd_kernel(
             keep = inside
             if KEY_MASKED:
                 keep = inside & (tl.load(key_mask_ptr + token, mask=inside, other=0) != 0)
-            x_a, x_b = load_pairs(qkv_ptr + part * D, packed, keep, WIDTH, WIDTH_HEAD, INTERLEAVED, PAIRS)  # [ROWS, PAIRS]
-            u_a, u_b = load_pairs(dk_ptr if part else dq_ptr, row, inside, WIDTH, WIDTH_HEAD, INTERLEAVED, PAIRS)
+            x_a, x_b = load_pairs(
+                qkv_ptr + part * D, packed, keep, WIDTH, WIDTH_HEAD, TURNED, INTERLEAVED, PAIRS
+            )  # [ROWS, PAIRS]
+            u_a, u_b = load_pairs(dk_ptr if part else dq_ptr, row, inside, WIDTH, WIDTH_HEAD, TURNED, INTERLEAVED, PAIRS)
             n_a, n_b, rstd = rms(x_a, x_b, WIDTH, EPS)
             if ROTATED:
                 c, s = load_rotation(
                     cos_ptr, sin_ptr, start_ptr, b, token % TOKENS, inside, b // TABLE_GROUP * POSITIONS,
-                    WIDTH_HEAD, STARTED, POSITIONS, PAIRS,
+                    WIDTH_HEAD, TURNED, STARTED, POSITIONS, PAIRS,
                 )  # fmt: skip
                 u_a, u_b = turn(u_a, u_b, c, -s)
             part_a = tl.fma(u_a, n_a, part_a)
@@ -224,7 +243,7 @@ def qk_norm_rope_bwd_kernel(
             mean = (tl.sum(tl.fma(g_a, n_a, g_b * n_b), 1) * (1.0 / WIDTH))[:, None]
             d_a = (g_a - n_a * mean) * rstd[:, None]
             d_b = (g_b - n_b * mean) * rstd[:, None]
-            store_pairs(dqkv_ptr + part * D, packed, inside, d_a, d_b, WIDTH, WIDTH_HEAD, INTERLEAVED, PAIRS)
+            store_pairs(dqkv_ptr + part * D, packed, inside, d_a, d_b, WIDTH, WIDTH_HEAD, TURNED, INTERLEAVED, PAIRS)
             if part == 0:
                 whole = inside[:, None] & (cols < WIDTH)[None, :]
                 if VALUES:
@@ -245,6 +264,7 @@ def shape_meta(qkv: Spec, over: str, eps: float, cos: Spec | None, started: bool
         WIDTH=width,
         ROWS_PER_TOKEN=H * d // width,
         WIDTH_HEAD=d,
+        TURNED=d // 2 if cos is None else cos.shape[-1],
         EPS=eps,
         ROTATED=cos is not None,
         STARTED=started and cos is not None,
@@ -357,21 +377,25 @@ def backward(run, a, outs, extras, douts, **static):
 
 def rotate(xp, x, cos, sin, start_pos, layout: str):
     """x (B, L, H, d) turned by the table's rows start_pos + 0, 1, ...; positions are clamped to the table."""
-    B, L, _, d = x.shape
+    B, L = x.shape[:2]
+    turned = cos.shape[-1]
     at = xp.arange(L)[None] if start_pos is None else start_pos[:, None] + like(xp, xp.arange(L), start_pos)[None]
     at = xp.clip(like(xp, at, cos), 0, cos.shape[-2] - 1)
     if len(cos.shape) == 2:
-        c, s = (wide(t)[at][:, :, None] for t in (cos, sin))  # (1 or B, L, 1, d/2)
+        c, s = (wide(t)[at][:, :, None] for t in (cos, sin))  # (1 or B, L, 1, turned)
     else:
         T = cos.shape[0]
         at = xp.broadcast_to(at, (B, L)).reshape(T, B // T * L)
         group = like(xp, xp.arange(T), cos)[:, None]
-        c, s = (wide(t)[group, at].reshape(B, L, 1, d // 2) for t in (cos, sin))
+        c, s = (wide(t)[group, at].reshape(B, L, 1, turned) for t in (cos, sin))
+    x, rest = x[..., : 2 * turned], x[..., 2 * turned :]
     if layout == "interleaved":
         a, b = x[..., 0::2], x[..., 1::2]
-        return xp.stack([a * c - b * s, a * s + b * c], axis=-1).reshape(x.shape)
-    a, b = x[..., : d // 2], x[..., d // 2 :]
-    return xp.concatenate([a * c - b * s, a * s + b * c], axis=-1)
+        y = xp.stack([a * c - b * s, a * s + b * c], axis=-1).reshape(x.shape)
+    else:
+        a, b = x[..., :turned], x[..., turned:]
+        y = xp.concatenate([a * c - b * s, a * s + b * c], axis=-1)
+    return xp.concatenate([y, rest], axis=-1) if rest.shape[-1] else y
 
 
 def norm_reference(xp, x, weight, cos, sin, start_pos, *, over: str, eps: float, layout: str):
@@ -457,10 +481,10 @@ def norm_operands(op: str, qkv, q_weight, k_weight, over, eps, cos, sin, start_p
         for t_name, t in ((f"cos[{i}]", cos[i]), (f"sin[{i}]", sin[i])):
             if t is not None:
                 check.rank(op, t_name, t, "S, d/2", "Give one row per position, one column per pair.")
-                want = (t.shape[0] if start_pos is not None else max(t.shape[0], x.shape[1]), d // 2)
-                check.shape(
-                    op, t_name, t, ("S, d/2", want), remedy="The table has a row for every position and a column for every pair."
-                )
+                turned = max(1, min(cos[i].shape[-1], d // 2))  # fewer columns turn the head's first elements only
+                want = (t.shape[0] if start_pos is not None else max(t.shape[0], x.shape[1]), turned)
+                remedy = "The table has a row for every position and a column for every pair that is turned, d/2 or fewer."
+                check.shape(op, t_name, t, ("S, d/2", want), remedy=remedy)
                 check.same_dtype(op, t_name, t, "float32", "the table")
     if start_pos is not None:
         check.shape(op, "start_pos", start_pos, ("B", (streams[0].shape[0],)), remedy="Give one start position per sample.")
@@ -483,9 +507,10 @@ def qk_norm_rope(
     over       "width" normalises all heads together, before the head split; "head" each head by itself.
     eps        added to the mean square; the default is what torch.nn.RMSNorm(eps=None) means.
     cos, sin   (S, d/2) float32 per stream: row p holds the angles of position p; None for a stream that is not rotated.
+               With r < d/2 columns the first 2r elements of a head are turned and the others are not (partial rotation).
     start_pos  (B,) int32: position of each sample's first token, 0 where absent. Positions beyond the table raise where they
                can be seen, in CPU values, and are clamped to it where they cannot, on a device or under trace.
-    layout     pairs are elements (2i, 2i + 1) of a head ("interleaved") or (i, i + d/2) ("half").
+    layout     pairs are elements (2i, 2i + 1) of a head ("interleaved") or (i, i + r) ("half"), r the columns of the table.
     returns    (q, k), each a tuple over streams of (B, L_s, H, d) in qkv's dtype, or an array where qkv is one.
 
     A single array is one stream. float32 arithmetic, rounded once. Raises ValueError or TypeError that names the argument.

@@ -279,10 +279,10 @@ def projections(B: int, H: int, d: int, *lengths: int, over: str, **how) -> dict
 
 
 def qk_norm_rope_cases():
-    def case(label, B, H, d, *lengths, over, rotated=(), start=None, positions=64, how=None, row=None, **static):
+    def case(label, B, H, d, *lengths, over, rotated=(), start=None, positions=64, how=None, extra=None, row=None, **static):
         operands = projections(B, H, d, *lengths, over=over, **(how or {}))
         operands |= rope(positions, d, *rotated) if rotated else {}
-        operands |= dict(start_pos=start) if start else {}
+        operands |= (dict(start_pos=start) if start else {}) | (extra or {})
         return Case("qk_norm_rope", label, operands, dict(over=over) | static, **(row or {}))
 
     seed = dict(over="width", rotated=(True, False))
@@ -291,6 +291,9 @@ def qk_norm_rope_cases():
     yield case("plain", 2, 3, 16, 1, over="width")
     yield case("heads", 2, 3, 32, 37, 70, over="head", rotated=(True, True), positions=80, eps=1e-6)
     yield case("heads-half", 1, 4, 64, 37, over="head", rotated=(True,), layout="half", start=int32(20))
+    for layout in ("interleaved", "half"):
+        part = {name: (Constant(t[0].values[:, :5]), None) for name, t in rope(64, 24, True).items()}
+        yield case(f"partial-{layout}", 2, 2, 24, 37, 5, over="head", start=int32(0, 9), extra=part, layout=layout)
     yield case("float32-weights", 2, 2, 24, 37, **dict(over="width", rotated=(True,)), how=dict(dtype="float32"))
     yield case("empty-batch", 0, 2, 24, 37, over="width")
     yield case("production", 1, 18, 64, 40, over="width", rotated=(True,), row=PRODUCTION)

@@ -28,7 +28,8 @@ POINTERS = dict(float32="*fp32", float16="*fp16", bfloat16="*bf16", int32="*i32"
 MEASURED = triton.__version__.startswith("3.7.")
 # Bytes of registers that a kernel's worst config may spill, by architecture; nothing elsewhere. Rounded up from what was
 # measured. On sm_90 rows of 16384 with their vectors and sums do not fit the registers of one program, and at d = 96 and 128
-# dk, dv and two tiles of scores fit only nearly: tiles that spill nothing measured slower.
+# dk, dv and two tiles of scores fit only nearly: tiles that spill nothing measured slower; nor do a rotated head's
+# partial columns and sums.
 SPILLS = {
     80: dict(
         joint_attention_fwd=512,
@@ -44,6 +45,7 @@ SPILLS = {
     90: dict(
         joint_attention_bwd=64,
         joint_attention_bwd_dkdv=160,
+        qk_norm_rope_bwd=16,
         adaln_bwd=256,
         gated_residual_norm_adaln_bwd=704,
         gated_residual_norm_adaln_fwd=192,
