@@ -10,6 +10,7 @@ from __future__ import annotations
 from functools import cache
 from typing import NamedTuple
 
+from . import tuned
 from ._triton import tl, triton
 from .op import Plan, Spec, Target, cdiv, next_power_of_2, spec, wide
 
@@ -132,34 +133,6 @@ class Config(NamedTuple):
 
 
 ALL = 1024  # programs per SM that no shape comes near: every block of tokens has a program of its own
-TUNED: dict[tuple[str, str, int], Config] = {  # (kernel, variant, width rounded up to a power of two)
-    # Fastest for (8, 4608, 3072), (8, 4096, 1536), and together for (1024, 186, 128) and (128, 186, 128), bfloat16, on an H200;
-    # docs/facts.md has the times. A variant is the norm, "layer" or "rms", or "post" where a second one is in front of it.
-    ("adaln_fwd", "layer", 128): Config(32, 8, 4, 2),
-    ("adaln_fwd", "layer", 2048): Config(1, 1, 4, 32),
-    ("adaln_fwd", "layer", 4096): Config(1, 2, 3, 16),
-    ("adaln_bwd", "layer", 128): Config(8, 2, 3, 6),
-    ("adaln_bwd", "layer", 2048): Config(1, 2, 4, 4),
-    ("adaln_bwd", "layer", 4096): Config(1, 4, 5, 2),
-    ("adaln_fwd", "rms", 128): Config(32, 8, 4, ALL),
-    ("adaln_fwd", "rms", 2048): Config(1, 2, 3, ALL),
-    ("adaln_fwd", "rms", 4096): Config(1, 4, 1, ALL),
-    ("adaln_bwd", "rms", 128): Config(16, 4, 5, 2),
-    ("adaln_bwd", "rms", 2048): Config(1, 4, 4, 3),
-    ("adaln_bwd", "rms", 4096): Config(1, 4, 3, 2),
-    ("gated_residual_norm_adaln_fwd", "layer", 128): Config(32, 8, 3, ALL),
-    ("gated_residual_norm_adaln_fwd", "layer", 2048): Config(1, 1, 3, 32),
-    ("gated_residual_norm_adaln_fwd", "layer", 4096): Config(1, 4, 1, ALL),
-    ("gated_residual_norm_adaln_bwd", "layer", 128): Config(8, 2, 3, 4),
-    ("gated_residual_norm_adaln_bwd", "layer", 2048): Config(1, 4, 4, 2),
-    ("gated_residual_norm_adaln_bwd", "layer", 4096): Config(1, 8, 5, 2),
-    ("gated_residual_norm_adaln_fwd", "post", 128): Config(32, 8, 4, 2),
-    ("gated_residual_norm_adaln_fwd", "post", 2048): Config(1, 1, 3, 32),
-    ("gated_residual_norm_adaln_fwd", "post", 4096): Config(2, 8, 4, 2),
-    ("gated_residual_norm_adaln_bwd", "post", 128): Config(16, 4, 3, 2),
-    ("gated_residual_norm_adaln_bwd", "post", 2048): Config(1, 4, 3, 2),
-    ("gated_residual_norm_adaln_bwd", "post", 4096): Config(1, 8, 3, 2),
-}
 STREAMS = dict(  # arrays of tokens that a kernel reads, of which staged loads keep tiles in shared memory
     adaln_fwd=1,
     adaln_bwd=2,
@@ -176,24 +149,29 @@ def config(kernel: str, variant: str | None, x: Spec, target: Target) -> Config:
     """The measured config of a kernel for rows as wide as x's, else the rule that most measured ones follow: 16 elements a
     thread of a backward kernel and 32 of another, 16 warps an SM. Fewer stages where they would not fit shared memory.
 
-    Modulation per token takes the rule (variant None): it needs more registers than what was measured.
+    A variant is the norm, "layer" or "rms", or "post" where a second one is in front of it. Modulation per token takes the
+    rule (variant None): it needs more registers than what was measured.
     """
     cols = next_power_of_2(x.shape[-1])
     rows = max(1, 2048 // cols)
     warps = max(1, min(32, rows * cols // (512 if kernel.endswith("bwd") else 1024)))
-    c = TUNED.get((kernel, variant, cols)) or Config(rows, warps, 3, max(1, 16 // warps))
+    c = Config(rows, warps, 3, max(1, 16 // warps))
+    measured = variant and tuned.lookup(tuned.Key(f"{kernel}-{variant}", cols, x.dtype, target.arch))
+    if measured:
+        c = Config(measured.tile["ROWS"], measured.warps, measured.stages, measured.tile["PER_SM"])
     stage = STREAMS[kernel] * c.rows * cols * (4 if x.dtype == "float32" else 2)
     return c._replace(stages=max(1, min(c.stages, 1 + (target.shared - UNSTAGED_BYTES) // stage)))
 
 
-def configs(kernel: str, width: int) -> list[Config]:
-    """What tuning should try: 8 to 64 elements a thread, staged loads, 8 to 32 warps an SM."""
-    cols = next_power_of_2(width)
-    rows = {max(1, size // cols) for size in (1024, 2048, 4096, 8192)}
-    tiles = [(r, w) for r in sorted(rows) for w in (1, 2, 4, 8, 16) if 8 <= r * cols // (32 * w) <= 64]
-    return [
-        Config(r, w, stages, n) for r, w in tiles for stages in (1, 3, 4) for n in sorted({max(1, k // w) for k in (8, 16, 32)})
-    ]
+def candidates(key: tuned.Key) -> list[tuple[dict[str, int], int, int]]:
+    """What tuning should try: 8 to 64 elements a thread, staged loads, 8 to 32 warps an SM or a program for every tile."""
+    kernel, _, variant = key.kernel.partition("-")
+    if kernel not in STREAMS or not variant:
+        return []
+    rows = sorted({max(1, size // key.width) for size in (1024, 2048, 4096, 8192)})
+    tiles = [(r, w) for r in rows for w in (1, 2, 4, 8, 16) if 8 <= r * key.width // (32 * w) <= 64]
+    shares = lambda w: sorted({max(1, k // w) for k in (8, 12, 16, 32)}) + [ALL]
+    return [(dict(ROWS=r, PER_SM=n), w, stages) for r, w in tiles for stages in (1, 3, 4, 5) for n in shares(w)]
 
 
 def tile(width: int, config: Config) -> dict[str, int]:
