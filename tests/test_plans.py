@@ -32,10 +32,10 @@ MEASURED = triton.__version__.startswith("3.7.")
 # partial columns and sums.
 SPILLS = {
     80: dict(
-        joint_attention_fwd=512,
+        joint_attention_fwd=576,
         joint_attention_bwd=64,
         joint_attention_bwd_dkdv=896,
-        joint_attention_bwd_dq=896,
+        joint_attention_bwd_dq=960,
         linear_attention_bwd=256,
         linear_attention_bwd_state=384,
         adaln_bwd=384,
@@ -52,6 +52,7 @@ SPILLS = {
     ),
     100: dict(
         joint_attention_fwd=128,
+        joint_attention_bwd_dq=128,
         linear_attention_fwd=64,
         linear_attention_state=64,
         linear_attention_bwd_state=64,
