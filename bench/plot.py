@@ -36,7 +36,7 @@ def quantity(row: dict) -> tuple[str, float, float | None]:
 def draw(op: str, rows: list[dict]) -> plt.Figure:
     modes = [mode for mode in MODES if any(row["mode"] == mode for row in rows)]
     names = [name for name in shapes.OPS[op] if any(row["shape"] == name for row in rows)]
-    providers = list(dict.fromkeys(row["provider"] for row in rows))
+    providers = sorted(dict.fromkeys(row["provider"] for row in rows), key=lambda name: not name.startswith("ours"))
     figure, axes = plt.subplots(
         1, len(modes), figsize=(1.5 + 5 * len(modes), 4.5), sharey=True, squeeze=False, layout="constrained"
     )
