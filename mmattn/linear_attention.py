@@ -336,7 +336,7 @@ def relu_linear_attention(q, k, v, *, key_masks=None, eps: float = 1e-6, precisi
     Linear in the number of tokens. Katharopoulos et al. 2020, arXiv:2006.16236; Cai et al. 2022, arXiv:2205.14756.
     """
     op = "relu_linear_attention"
-    operands, single = joint_operands(op, q, k, v)
+    operands, single = joint_operands(op, q, k, v, grouped=False)
     operands |= {"key_masks": mask_operands(op, "q", operands["q"], None, key_masks)["key_masks"]}
     check.choice(op, "precision", precision, ("ieee", "tf32"))
     static = dict(eps=check.eps(op, eps), precision=precision)

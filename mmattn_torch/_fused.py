@@ -46,7 +46,8 @@ def attention(q, k, v, attn_mask, key_masks, causal: bool, scale: float):
         torch.cat([silenced(torch, cast(x, dtype), m) for x, m in zip(xs, key_masks, strict=True)], 1).transpose(1, 2)
         for xs in (q, k, v)
     )
-    o = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and not masked, scale=scale)
+    grouped = q.shape[1] != k.shape[1]
+    o = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and not masked, scale=scale, enable_gqa=grouped)
     return split_streams(o.transpose(1, 2), lengths, 1)
 
 

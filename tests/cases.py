@@ -364,6 +364,11 @@ def joint_attention_cases():
     yield case("scattered-key-masks", heads(2, 1, 16, 70, 130) | scattered(2, 70, 130))
     yield case("scattered-key-masks-causal", heads(1, 1, 64, 130) | scattered(1, 130), dict(causal=True))
     yield case("packed", {name: Part((2, 37, 3, 2, 16), part) for part, name in enumerate("qkv")})
+    grouped = lambda *shape: heads(*shape) | {name: heads(shape[0], 2, *shape[2:])[name] for name in "kv"}
+    yield case("grouped", grouped(2, 4, 16, 70, 5), dict(return_lse=True))
+    masked = grouped(1, 4, 64, 70, 37) | mask(1, 70) | key_masks((70, 37), ((50,), (37,)))
+    yield case("grouped-masks", masked, dict(causal=True), **PRODUCTION)
+    yield case("gpu-grouped", grouped(2, 16, 64, 700, 154), **LARGE)
     yield case("empty-batch", heads(0, 2, 16, 37, 5))
     yield case("no-tokens", heads(2, 2, 16, 0), dict(return_lse=True), **PRODUCTION)
     yield case("production", heads(1, 3, 64, 186, 77), **PRODUCTION)

@@ -52,6 +52,7 @@ SPILLS = {
     ),
     100: dict(
         joint_attention_fwd=128,
+        joint_attention_bwd_dkdv=256,
         joint_attention_bwd_dq=128,
         linear_attention_fwd=64,
         linear_attention_state=64,

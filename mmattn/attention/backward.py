@@ -145,14 +145,15 @@ def joint_attention_bwd_dkdv_body(
     do_ptrs,  # (B, L_s, H, d)
     lse_ptrs,  # (B, H, L_s) float32, as the forward wrote it
     delta_ptrs,  # as attention_delta_body wrote it
-    dk_ptrs,  # (B, L_s, H, d)
-    dv_ptrs,  # (B, L_s, H, d)
+    dk_ptrs,  # (B, L_s, H / GROUP, d)
+    dv_ptrs,  # (B, L_s, H / GROUP, d)
     LENGTHS,
     Q_STRIDES_,
     K_STRIDES_,
     V_STRIDES_,
     V_AT,
     HEADS,
+    GROUP,  # heads of q that share one of k and v
     WIDTH,
     SCALE,
     KEY_MASKS_,
@@ -165,12 +166,14 @@ def joint_attention_bwd_dkdv_body(
     KEYS,
     COLS,
 ):
-    """Grid (B * H * blocks of KEYS tokens over all streams,): dk and dv of one block of keys."""
+    """Grid (B * H / GROUP * blocks of KEYS tokens over all streams,): dk and dv of one block of keys, from every head of q that
+    reads it."""
+    kv_heads: tl.constexpr = HEADS // GROUP
     blocks = 0
     for t in tl.static_range(len(k_ptrs)):
         blocks += tl.cdiv(LENGTHS[t], KEYS)
-    head = tl.program_id(0) // blocks % HEADS
-    batch = (tl.program_id(0) // blocks // HEADS).to(tl.int64)
+    head = tl.program_id(0) // blocks % kv_heads
+    batch = (tl.program_id(0) // blocks // kv_heads).to(tl.int64)
     block = tl.program_id(0) % blocks
     t, k_ptr, length, k_stride, first = stream_of(block, k_ptrs, LENGTHS, K_STRIDES_, KEYS)
     _, v_ptr, _, v_stride, _ = stream_of(block, v_ptrs, LENGTHS, V_STRIDES_, KEYS)
@@ -188,21 +191,23 @@ def joint_attention_bwd_dkdv_body(
     dk = tl.zeros((KEYS, COLS), tl.float32)
     dv = tl.zeros((KEYS, COLS), tl.float32)
     for i in tl.static_range(len(q_ptrs)):
-        q_ptr = q_ptrs[i] + head * WIDTH
-        do_ptr = do_ptrs[i] + head * WIDTH
-        row = batch * HEADS + head
-        begin = 0
-        if CAUSAL:
-            begin = tl.where(i == t, first // QUERIES * QUERIES, 0)
-        for start in range(begin, LENGTHS[i], QUERIES):
-            dk, dv = gather_queries(
-                dk, dv, k, v, q_ptr, do_ptr, lse_ptrs[i], delta_ptrs[i], key_mask_ptrs[i], mask_ptr, rows_ptr, cols_ptr, batch,
-                row, i, t, start, key, LENGTHS[i], LENGTHS[0], Q_STRIDES_[i], HEADS * WIDTH,
-                SCALE, WIDTH, KEY_MASKS_[i], CAUSAL, MASKED, PRECISION, EXACT, QUERIES, COLS,
-            )  # fmt: skip
+        for of_group in range(GROUP):
+            query_head = head * GROUP + of_group
+            q_ptr = q_ptrs[i] + query_head * WIDTH
+            do_ptr = do_ptrs[i] + query_head * WIDTH
+            row = batch * HEADS + query_head
+            begin = 0
+            if CAUSAL:
+                begin = tl.where(i == t, first // QUERIES * QUERIES, 0)
+            for start in range(begin, LENGTHS[i], QUERIES):
+                dk, dv = gather_queries(
+                    dk, dv, k, v, q_ptr, do_ptr, lse_ptrs[i], delta_ptrs[i], key_mask_ptrs[i], mask_ptr, rows_ptr, cols_ptr,
+                    batch, row, i, t, start, key, LENGTHS[i], LENGTHS[0], Q_STRIDES_[i], HEADS * WIDTH,
+                    SCALE, WIDTH, KEY_MASKS_[i], CAUSAL, MASKED, PRECISION, EXACT, QUERIES, COLS,
+                )  # fmt: skip
     dk = tl.where(keep[:, None], dk * GRADIENT_SCALE, 0.0)
     dv = tl.where(keep[:, None], dv, 0.0)
-    at = (batch * length + key)[:, None] * (HEADS * WIDTH) + head * WIDTH + cols[None, :]
+    at = (batch * length + key)[:, None] * (kv_heads * WIDTH) + head * WIDTH + cols[None, :]
     inside = (key < length)[:, None] & (cols < WIDTH)[None, :]
     tl.store(dk_ptr + at, dk.to(dk_ptr.dtype.element_ty), mask=inside)
     tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=inside)
@@ -256,6 +261,7 @@ def joint_attention_bwd_dq_body(
     V_STRIDES_,
     V_AT,
     HEADS,
+    GROUP,
     WIDTH,
     SCALE,
     KEY_MASKS_,
@@ -294,8 +300,8 @@ def joint_attention_bwd_dq_body(
     for DELTA in tl.static_range(1 if EXACT else 0, -1, -1):
         acc = tl.zeros((QUERIES, 1 if DELTA else COLS), tl.float32)
         for t in tl.static_range(len(k_ptrs)):
-            k_ptr = k_ptrs[t] + head * WIDTH
-            v_ptr = v_ptrs[t] + head * WIDTH + V_AT
+            k_ptr = k_ptrs[t] + head // GROUP * WIDTH
+            v_ptr = v_ptrs[t] + head // GROUP * WIDTH + V_AT
             end = LENGTHS[t] + 0
             if CAUSAL:
                 end = tl.where(i == t, tl.minimum(LENGTHS[t], first + QUERIES), LENGTHS[t])

@@ -62,11 +62,20 @@ def split_streams(x, lengths, axis: int) -> tuple:
     return tuple(x[:, end - n : end] if axis == 1 else x[:, :, end - n : end] for n, end in zip(lengths, ends, strict=True))
 
 
+def per_query_head(xp, x, heads: int):
+    """x (B, L, H_kv, d) with each head as often as heads of q read it: (B, L, heads, d)."""
+    B, L, kv_heads, d = x.shape
+    if kv_heads == heads:
+        return x
+    return xp.broadcast_to(x[:, :, :, None], (B, L, kv_heads, heads // kv_heads, d)).reshape(B, L, heads, d)
+
+
 def attention_reference(xp, q, k, v, attn_mask, key_masks, *, causal: bool, scale: float):
     """Outputs and log-sum-exps per stream, wide."""
     lengths = [x.shape[1] for x in q]
     mask = joint_mask(xp, q, attn_mask, key_masks, causal)[:, None]
     q, k, v = (xp.concatenate([silenced(xp, wide(x), m) for x, m in zip(xs, key_masks, strict=True)], axis=1) for xs in (q, k, v))
+    k, v = (per_query_head(xp, x, q.shape[2]) for x in (k, v))
     s = xp.where(mask, xp.einsum("bqhd,bkhd->bhqk", q, k) * scale, -math.inf)
     largest = xp.amax if sum(lengths) else xp.sum  # of no score at all there is no maximum, but a sum
     top = largest(s, axis=-1, keepdims=True)
@@ -118,8 +127,8 @@ def mask_operands(op: str, name: str, streams, attn_mask, key_masks) -> dict:
     return dict(attn_mask=attn_mask, key_masks=key_masks)
 
 
-def joint_operands(op: str, q, k, v) -> tuple[dict, bool]:
-    """Checked q, k, v per stream, and whether they came as bare arrays."""
+def joint_operands(op: str, q, k, v, *, grouped: bool) -> tuple[dict, bool]:
+    """Checked q, k, v per stream, and whether they came as bare arrays. grouped: several heads of q may share one of k and v."""
     single = not isinstance(q, tuple | list)
     q, k, v = (tuple(x) if isinstance(x, tuple | list) else (x,) for x in (q, k, v))
     n = len(v)
@@ -131,13 +140,18 @@ def joint_operands(op: str, q, k, v) -> tuple[dict, bool]:
     B, _, H, d = q[0].shape
     check.width(op, "the head width", d, 8, 128)
     dtype = check.floating(op, "v[0]", v[0])
+    check.rank(op, "k[0]", k[0], "B, L, H_kv, d", "Split the heads: (batch, tokens, heads, head width).")
+    kv_heads = k[0].shape[2]
+    if (not grouped and kv_heads != H) or kv_heads == 0 or H % kv_heads:
+        expected = f"a divisor of q's {H} heads, which share them in groups" if grouped else f"q's {H} heads"
+        raise ValueError(f"{op}: k[0] has {kv_heads} heads; expected {expected}. Project k and v to so many heads.")
     for i in range(n):
         check.rank(op, f"q[{i}]", q[i], "B, L, H, d", "Split the heads: (batch, tokens, heads, head width).")
-        want = ("B, L_s, H, d", (B, q[i].shape[1], H, d))
-        for name, x in (("q", q[i]), ("k", k[i]), ("v", v[i])):
-            check.shape(
-                op, f"{name}[{i}]", x, want, remedy="q, k, v of a stream share their shape, all streams share B, H and d."
-            )
+        L = q[i].shape[1]
+        check.shape(op, f"q[{i}]", q[i], ("B, L_s, H, d", (B, L, H, d)), remedy="All streams share B, H and d.")
+        for name, x in (("k", k[i]), ("v", v[i])):
+            want = ("B, L_s, H_kv, d", (B, L, kv_heads, d))
+            check.shape(op, f"{name}[{i}]", x, want, remedy="k and v share their shape, their heads are the same in all streams.")
         for name, x in (("q", q), ("k", k)):
             check.vector_dtype(op, f"{name}[0]", x[0], dtype, "v")
             check.same_dtype(op, f"{name}[{i}]", x[i], check.floating(op, f"{name}[0]", x[0]), f"{name}[0]")
@@ -178,8 +192,10 @@ def joint_attention(
 ) -> Call:
     """o_s = softmax(scale * q_s [k_0, k_1, ...]^T) [v_0, v_1, ...]: every stream attends to the tokens of all streams.
 
-    q, k, v    (B, L_s, H, d) per stream, v float32, bfloat16 or float16, q and k in v's dtype or float32; d a multiple of 8,
-               8 to 128. A single array is one stream. The streams are not concatenated in memory.
+    q          (B, L_s, H, d) per stream, in v's dtype or float32; d a multiple of 8, 8 to 128. A single array is one stream. The
+               streams are not concatenated in memory.
+    k, v       (B, L_s, H, d), or (B, L_s, H_kv, d) where H / H_kv heads of q in a row share one (grouped-query attention); v
+               float32, bfloat16 or float16, k in v's dtype or float32.
     attn_mask  (B, L_0, L_0) bool over the first stream, True = attend. For pairs with another stream any() of its row or
                column stands in, and the other streams see each other.
     key_masks  per stream (B, L_s) bool or None, True = a real token. A masked token is silent both ways: nobody attends to
@@ -192,10 +208,11 @@ def joint_attention(
 
     A row without any key has output 0, lse -inf and gradient 0. Scores and sums are float32; float32 dots are IEEE unless
     the framework's matmul precision asks for tf32. Raises ValueError or TypeError that names the argument.
-    FlashAttention-2: Dao 2023, arXiv:2307.08691. Joint attention of MMDiT: Esser et al. 2024, arXiv:2403.03206.
+    FlashAttention-2: Dao 2023, arXiv:2307.08691. Grouped queries: Ainslie et al. 2023, arXiv:2305.13245.
+    Joint attention of MMDiT: Esser et al. 2024, arXiv:2403.03206.
     """
     op = "joint_attention"
-    operands, single = joint_operands(op, q, k, v)
+    operands, single = joint_operands(op, q, k, v, grouped=True)
     streams = operands["q"]
     operands |= mask_operands(op, "q", streams, attn_mask, key_masks)
     static = attention_static(op, streams[0].shape[3], causal, scale, return_lse, precision)

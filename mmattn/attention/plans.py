@@ -65,6 +65,7 @@ def meta(a, kind: str, *, causal: bool, scale: float, precision: str, v_at: int 
     constants = dict(
         V_AT=v_at,
         HEADS=a.q[0].shape[2],
+        GROUP=heads_per_key(a),
         WIDTH=a.q[0].shape[3],
         SCALE=scale if exact else scale * LOG2E,
         CAUSAL=causal,
@@ -123,6 +124,11 @@ def statistics_specs(a) -> tuple[Spec, ...]:
     """Two numbers for each row that the backward computes first."""
     B, _, H, _ = a.q[0].shape
     return tuple(Spec((B, H, cdiv(L, PAD.value) * PAD.value, 2), "float32") for L in lengths(a))
+
+
+def heads_per_key(a) -> int:
+    """Heads of q that share one of k and v: grouped-query attention, Ainslie et al. 2023, arXiv:2305.13245."""
+    return a.q[0].shape[2] // a.k[0].shape[2]
 
 
 def lengths(a) -> tuple[int, ...]:
@@ -187,7 +193,7 @@ def attention_forward(run, a, *, return_lse: bool, precision: str, **static):
     n = len(a.q)
     # A row of a mask that is empty would send its block the long way for nothing.
     shifted = is_exact(a, precision) or a.attn_mask is not None
-    more = dict(GROUP=1, LOGS=return_lse, SHIFTED=shifted)
+    more = dict(LOGS=return_lse, SHIFTED=shifted)
     constants, warps, stages = meta(a, "fwd" if shifted else "unshifted", precision=precision, **more, **static)
     at_once = not shifted and not static["causal"] and constants["COLS"] <= 32 and sum(lengths(a)) <= SHORT
     constants |= {f"KEY_BLOCK{i}": cdiv(L, constants["KEYS"]) if at_once else 0 for i, L in enumerate(lengths(a))}
@@ -230,7 +236,7 @@ def is_single_pass(a, causal: bool, scale: float) -> bool:
     """Whether one launch does the backward: dq of all queries of a head must fit the registers of a program. It divides by
     the scale."""
     columns = max(16, next_power_of_2(a.q[0].shape[3])) * sum(cdiv(L, 64) for L in lengths(a))
-    plain = a.attn_mask is None and not causal and scale > 1e-6
+    plain = a.attn_mask is None and not causal and scale > 1e-6 and heads_per_key(a) == 1
     return columns <= 96 and spec(a.v[0]).dtype == "bfloat16" and plain
 
 
@@ -239,8 +245,8 @@ def attention_backward(run, a, outs, residuals, douts, *, precision: str, wide: 
     n = len(a.q)
     o, do, dlse, lse, anys = outs[:n], douts[:n], douts[n:], residuals[:n], residuals[n:]
     static |= dict(precision=precision, GRADIENT_SCALE=static["scale"])
-    like = lambda xs: tuple(Spec(tuple(q.shape), "float32" if wide else spec(x).dtype) for q, x in zip(a.q, xs, strict=True))
-    gradients = like(a.q), like(a.k), o_specs(a)
+    like = lambda xs: tuple(Spec(tuple(x.shape), "float32" if wide else spec(x).dtype) for x in xs)
+    gradients = like(a.q), like(a.k), tuple(Spec(tuple(x.shape), spec(a.v[0]).dtype) for x in a.k)
     if is_single_pass(a, static["causal"], static["scale"]):
         return single_pass(run, a, o, do, lse, dlse, gradients, static)
     return two_passes(run, a, mask_inputs(a, anys), o, do, lse, dlse, gradients, static)
@@ -250,7 +256,7 @@ def single_pass(run, a, o, do, lse, dlse, gradients, static):
     B, _, H, d = a.q[0].shape
     n = len(a.q)
     constants, warps, stages = backward_meta(a, "single", SHIFTED=bool(dlse), **static)
-    constants = {name: x for name, x in constants.items() if name not in ("CAUSAL", "MASKED", "PRECISION", "EXACT")}
+    constants = {name: x for name, x in constants.items() if name not in ("GROUP", "CAUSAL", "MASKED", "PRECISION", "EXACT")}
     constants |= {f"BLOCK{i}": cdiv(L, constants["QUERIES"]) for i, L in enumerate(lengths(a))}
     constants["WIDE"] = next_power_of_2(d + 3)
     outs = tuple(x for grads in gradients for x in grads)
@@ -274,6 +280,9 @@ def two_passes(run, a, masks, o, do, lse, dlse, gradients, static):
     dq, delta = results[:n], results[n:] if exact else delta
     constants, warps, stages = backward_meta(a, "dkdv", **static)
     outs = dk + dv
-    p = plan(joint_attention_bwd_dkdv_body, lengths(a), B * H, constants["KEYS"], outs, tuple(constants.items()), warps, stages)
+    programs = B * a.k[0].shape[2]
+    p = plan(
+        joint_attention_bwd_dkdv_body, lengths(a), programs, constants["KEYS"], outs, tuple(constants.items()), warps, stages
+    )
     dkdv = tuple(run(p, *inputs, *delta))
     return dq, dkdv[:n], dkdv[n:]
