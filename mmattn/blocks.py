@@ -172,11 +172,13 @@ def modulation(ops, layers, y, x):
     """(scale, shift, gate) of the attention and of the MLP; None and None without conditioning."""
     if y is None:
         return None, None
-    packed = layers.adaLN_modulation(y)
-    if dtype_name(packed) != "float32":  # a bfloat16 layer beside float32 tokens, under autocast for one
-        packed = cast(packed, dtype_name(x))
-    rows = ops.rows(packed, 6)
+    rows = ops.rows(fitting(layers.adaLN_modulation(y), x), 6)
     return rows[:3], rows[3:]
+
+
+def fitting(v, x):
+    """A vector that acts on x, in float32 or x's dtype: a bfloat16 layer may stand beside float32 tokens, under autocast."""
+    return v if dtype_name(v) == "float32" else cast(v, dtype_name(x))
 
 
 def gate_of(rows):
@@ -186,7 +188,7 @@ def gate_of(rows):
 def add_norm(ops, x, h, gate, layer_norm, rows, post=None):
     """x + gate * h and its norm, modulated by `rows` or with weights of its own; post is the RMSNorm of h, if it has one."""
     if h is not None and gate is not None and rows is not None:
-        h_weight = None if post is None else ops.vector(post.weight)
+        h_weight = None if post is None else fitting(ops.vector(post.weight), x)
         norm = dict(eps=LAYER_NORM_EPS, h_weight=h_weight, h_eps=RMS_NORM_EPS)
         return ops.gated_residual_norm_adaln(x, cast(h, dtype_name(x)), gate, *rows[:2], **norm)
     x = add(ops, x, h if post is None else post(h), gate)

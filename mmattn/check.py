@@ -69,6 +69,13 @@ def vector_dtype(op: str, name: str, v, like: str, like_name: str) -> None:
         raise TypeError(f"{op}: {name} has dtype {dtype}; expected float32 or {like_name}'s dtype, {like}. Cast {name}.")
 
 
+def countable(op: str, name: str, x) -> None:
+    """The tokens of x (B, L, ...) are counted in 32 bits."""
+    B, L = x.shape[:2]
+    if isinstance(B, int) and isinstance(L, int) and B * L >= 2**31:
+        raise ValueError(f"{op}: {name} has {B * L} tokens in all; expected less than 2^31. Split the batch.")
+
+
 def addressable(op: str, name: str, x, dense: int) -> None:
     """The tokens of one sample of x (B, L, ...), rows of `dense` axes, are counted in 32 bits."""
     if not all(isinstance(n, int) for n in x.shape):  # a tracer's length, which must not be compared

@@ -154,6 +154,7 @@ def gated_residual(residual, h, gate) -> Call:
     check.rank(op, "residual", residual, "B, L, D", "Reshape residual to batch, tokens, width.")
     B, L, D = residual.shape
     dtype = check.floating(op, "residual", residual)
+    check.countable(op, "residual", residual)
     check.width(op, "the width of residual", D)
     check.shape(op, "h", h, ("B, L, D", (B, L, D)), remedy="h and residual are added, they have one shape.")
     check.same_dtype(op, "h", h, dtype, "residual")

@@ -121,8 +121,9 @@ class Step:
     def first(self, arrays: list[Tensor]) -> None:
         """The launch, before there is `again`."""
         if 0 in self.plan.grid:
-            for i in self.outs:
-                arrays[i].zero_()
+            for i, out in zip(self.outs, self.plan.outs, strict=True):
+                if out is not UNUSED:
+                    arrays[i].zero_()
         else:
             self.again = launch(self.plan, [arrays[i] for i in self.inputs], [arrays[i] for i in self.outs])
 
@@ -144,7 +145,8 @@ def follow(steps: Sequence[Step], arrays: list[Tensor], addresses: list[int], de
 @cache
 def spare(device: torch.device) -> Tensor:
     """What stands for outputs that no launch writes."""
-    return empty(UNUSED, device)
+    with torch.inference_mode(False):
+        return empty(UNUSED, device)
 
 
 class Run:
@@ -212,7 +214,8 @@ _programs: dict[tuple, Program] = {}
 def replayed(name: tuple, op: Op, owners: Sequence[str], arrays: Sequence[Tensor], compute: Callable) -> list[Tensor]:
     """compute(run, arrays), recorded once for arrays that look like these."""
     key, addresses = [name], []
-    describe(arrays, key, [], addresses)
+    if not describe(arrays, key, [], addresses):  # a tensor subclass
+        return record(op, owners, arrays, compute)[1]
     key = tuple(key)
     program = _programs.get(key)
     if program is not None:
@@ -230,6 +233,8 @@ def describe(args, key: list, tensors: list[Tensor], addresses: list[int]) -> bo
     for x in args:
         kind = type(x)
         if kind is Tensor or kind is Parameter:
+            if x.layout is not torch.strided or x.is_neg():  # neither is what its memory says
+                return False
             address = x.data_ptr()
             tensors.append(x)
             addresses.append(address)
@@ -510,6 +515,10 @@ def common_device(call: Call) -> torch.device:
             owner = owners(layout)[i]
             raise TypeError(
                 f"{call.name}: {owner} is a {type(x).__name__}; expected a torch.Tensor. Convert it with torch.as_tensor."
+            )
+        if x.layout is not torch.strided:
+            raise TypeError(
+                f"{call.name}: {owners(layout)[i]} is {x.layout}; expected torch.strided. Convert it with to_dense()."
             )
         if x.device != arrays[0].device:
             first, owner = owners(layout)[0], owners(layout)[i]

@@ -16,6 +16,7 @@ What Triton's interpreter leaves to us:
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import pkgutil
 import re
@@ -243,9 +244,27 @@ def poisoned(shape, dtype) -> np.ndarray:
     return np.full(shape, np.nan, dtype)
 
 
-def torch_launch(plan: Plan, operands, outs) -> None:
-    """Stands in for mmattn_torch._bind.launch."""
-    launch(plan, [x.detach() for x in operands], outs)
+def at_address(address: int, like):
+    """The tensor at an address that looks like another one."""
+    import torch
+
+    if 0 in like.shape:
+        return torch.empty_like(like)
+    reach = 1 + sum((n - 1) * stride for n, stride in zip(like.shape, like.stride(), strict=True))
+    memory = (ctypes.c_byte * (reach * like.element_size())).from_address(address)
+    return torch.frombuffer(memory, dtype=like.dtype).as_strided(like.shape, like.stride())
+
+
+def torch_launch(plan: Plan, operands, outs):
+    """Stands in for mmattn_torch._bind.launch; what it returns launches again, at addresses alone."""
+    operands = [x.detach() for x in operands]
+    launch(plan, operands, outs)
+
+    def again(addresses: list[int]) -> None:
+        arrays = [at_address(address, x) for address, x in zip(addresses, (*operands, *outs), strict=True)]
+        launch(plan, arrays[: len(operands)], arrays[len(operands) :])
+
+    return again
 
 
 def jax_launch(plan: Plan, operands) -> tuple:

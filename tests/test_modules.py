@@ -442,6 +442,10 @@ def test_torch_autocast():
     assert out.x_out.dtype == out.context_out.dtype == torch.float32
     assert not np.array_equal(got["x_out"], want["x_out"])
     assert_close(got, want, 0.05)
+    half = module.bfloat16()
+    with torch.autocast(FRONTS["torch"].device, torch.bfloat16):
+        out = FRONTS["torch"].call(half, inputs)
+    assert out.x_out.dtype == torch.float32
 
 
 @needs_torch

@@ -637,6 +637,48 @@ def test_empty_stream(op, lengths, kernels):
     both(lambda f: lambda a, b: f((a, b), (a, b), (a, b))[lengths.index(7)], op, streams)
 
 
+class Subclass(torch.Tensor):
+    """A tensor that somebody has given a type of its own."""
+
+
+def test_subclasses_keep_apart(kernels):
+    """What is remembered of calls is remembered of plain tensors."""
+    weight = randn(D)
+    for shape in ((2, 5, D), (3, 9, D), (3, 9, D)):
+        x = randn(*shape)
+        for arguments in ((x.as_subclass(Subclass), weight), (x, weight.as_subclass(Subclass))):
+            same(mmattn_torch.rms_norm(*arguments).as_subclass(torch.Tensor), mmattn_torch.rms_norm(x, weight, **REFERENCE), 1e-4)
+
+
+def test_views_that_are_not_what_their_memory_says(kernels):
+    x = randn(2, 5, D)
+    for _ in range(2):
+        same(mmattn_torch.layernorm_adaln(torch._neg_view(x)), mmattn_torch.layernorm_adaln(-x))
+    with pytest.raises(TypeError, match=r"rms_norm: x is torch.sparse_coo; expected torch.strided. Convert it with to_dense\(\)"):
+        mmattn_torch.rms_norm(x.to_sparse())
+
+
+def test_first_call_in_inference_mode(kernels):
+    """What it leaves behind serves calls outside as well."""
+    with torch.inference_mode():
+        mmattn_torch.joint_attention(*[randn(2, 5, HEADS, 24)] * 3)
+    q = leaf(0, 5, HEADS, 24)
+    mmattn_torch.joint_attention(q, q, q).sum().backward()
+    x = leaf(0, 5, D)
+    mmattn_torch.rms_norm(x, leaf(D)).sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("operand", range(3))
+def test_nan_is_not_silent(dtype, operand, kernels):
+    """In q it makes its row's output NaN, in k and v every row's of its head, in all columns or its own."""
+    q, k, v = arrays = [randn(2, 70, HEADS, 32, seed=i, dtype=dtype) for i in range(3)]
+    arrays[operand][0, 3, 1, 2] = torch.nan
+    got, want = (mmattn_torch.joint_attention(q, k, v, **how) for how in ({}, REFERENCE))
+    assert want.isnan().any()
+    assert torch.equal(got.isnan(), want.isnan())
+
+
 def test_one_gradient_of_two_outputs(kernels):
     """The gradient of an output that nobody used is None until the kernels need it."""
     q, c = leaf(2, 7, HEADS, 24), leaf(2, 5, HEADS, 24)

@@ -36,6 +36,7 @@ def call(
     check.rank(op, "x", x, "B, L, D", "Reshape x to batch, tokens, width.")
     dtype = check.floating(op, "x", x)
     B, L, D = x.shape
+    check.countable(op, "x", x)
     check.width(op, "the width of x", D)
     check.flag(op, "zero_centered", zero_centered)
     check.choice(op, "cast", cast, ("after_weight", "before_weight", "none"))
@@ -108,13 +109,14 @@ def layernorm_adaln(
     """y = (LayerNorm(x) * weight + bias) * (1 + scale) + shift, the norm over D.
 
     x       (B, L, D) float32, bfloat16 or float16; D a multiple of 8. float64 takes the reference path.
-    scale   float32 or x's dtype; absent means 0. (B, D) or (B, 1, D): a row per sample. (B, L, D): per token. (D,): one for all.
+    scale   float32 or x's dtype; absent means 0. (B, D) or (B, 1, D): a row per sample. (B, L, D): per token. (D,): one for all,
+            without scale_base, which is the same.
             Rank 2 always means (B, D), unless rows is given. A strided view is read in place, nothing is broadcast in memory.
     shift   likewise.
     weight  (D,) float32 or x's dtype; absent means 1. With zero_centered, 1 + weight is meant.
     bias    (D,) float32 or x's dtype; absent means 0.
     rows    (B, L) int32: the row of scale and shift that each token takes. These are then tables (R, D), or (B, R, D) with one
-            per sample. The kernels clamp numbers beyond the table. Meant for small tables: the backward looks at rows R times.
+            per sample. Numbers beyond the table are clamped to it. Meant for small tables: the backward looks at rows R times.
     scale_base, shift_base  (D,) float32 or x's dtype, added to scale and shift (a learned table beside an embedding).
     eps     added to the variance.
     cast    what of a norm with weight or bias is rounded to x's dtype before the modulation: "after_weight" its result

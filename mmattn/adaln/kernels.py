@@ -22,8 +22,8 @@ def line_of(i, GROUP, LINES, TABLE: tl.constexpr):
 @triton.jit
 def indices(index_ptr, tokens, present, LINES):
     """Table rows of some tokens, clamped to the table; -1 for tokens that are not present."""
-    index = tl.load(index_ptr + tokens, mask=present, other=0).to(tl.int32)
-    return tl.where(present, tl.minimum(tl.maximum(index, 0), LINES - 1), -1)
+    index = tl.load(index_ptr + tokens, mask=present, other=0)
+    return tl.where(present, tl.minimum(tl.maximum(index, 0), LINES - 1).to(tl.int32), -1)
 
 
 @triton.jit
@@ -322,7 +322,7 @@ def adaln_bwd_vectors_kernel(
                 line_a += tl.load(a_ptr + own, mask=valid, other=0.0)
             if SUM_H:
                 line_h += tl.load(h_ptr + own, mask=valid, other=0.0)
-        shared = b // GROUP * WIDTH
+        shared = (i // LINES if TABLE else b // GROUP) * WIDTH
         da = tl.sum(line_a, 0)
         dh = tl.sum(line_h, 0)
         if SCALE == "sample" or SCALE == "index":

@@ -183,9 +183,9 @@ def norm(xp, x, *, eps, center):
 
 
 def selected(xp, table, index):
-    """Row index[b, l] of each sample's table (B, R, D)."""
+    """Row index[b, l] of each sample's table (B, R, D), clamped to the table."""
     B, R, D = table.shape
-    return table.reshape(B * R, D)[index + like(xp, R * xp.arange(B), index)[:, None]]
+    return table.reshape(B * R, D)[xp.clip(index, 0, R - 1) + like(xp, R * xp.arange(B), index)[:, None]]
 
 
 def modulation(xp, a, name: str, row: int | None):
@@ -194,7 +194,7 @@ def modulation(xp, a, name: str, row: int | None):
     samples = a.x.shape[0]
     m = 0 if base is None else per_group(xp, base, samples)
     if table is not None and len(table.shape) == 2:
-        return m + wide(table[a.rows])
+        return m + wide(table[xp.clip(a.rows, 0, table.shape[0] - 1)])
     if table is not None:
         G, R, D = table.shape
         v = xp.broadcast_to(table[:, None], (G, samples // G, R, D)).reshape(samples, R, D)

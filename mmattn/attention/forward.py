@@ -143,7 +143,7 @@ def store_rows(
 ):  # fmt: skip
     """Outputs and log-sum-exps from accumulated output [QUERIES, COLS], row sum and shift [QUERIES]."""
     cols = tl.arange(0, COLS)
-    seen = keep & (total > 0)
+    seen = keep & (total != 0)  # NaN is not 0, and must not be silent
     total = tl.where(seen, total, 1.0)
     o = tl.div_rn(acc, tl.broadcast_to(total[:, None], acc.shape)) if EXACT else acc * (1.0 / total)[:, None]
     o = tl.where(seen[:, None], o, 0.0)

@@ -15,7 +15,7 @@ from .tokens import mask_any_kernel
 LOG2E = math.log2(math.e)
 
 
-def tiles(kind: str, d: int, dtype: str, masked: bool, precision: str) -> tuple[dict[str, int], int, int]:
+def tiles(kind: str, d: int, dtype: str, precision: str) -> tuple[dict[str, int], int, int]:
     """Tile, warps and stages of a kernel ("dkdv", "dq", or "fwd" with a running maximum).
 
     IEEE float32 dots run on the FMA pipes with whole operand rows in registers: small tiles and 8 warps, or they spill by the
@@ -61,7 +61,7 @@ def meta(a, kind: str, *, causal: bool, scale: float, precision: str, v_at: int 
     if kind == "unshifted":
         tile, warps, stages = unshifted_tiles(a.q[0].shape[3], spec(a.v[0]).dtype, sum(lengths(a)), masked)
     else:
-        tile, warps, stages = tiles(kind, a.q[0].shape[3], spec(a.v[0]).dtype, masked, precision)
+        tile, warps, stages = tiles(kind, a.q[0].shape[3], spec(a.v[0]).dtype, precision)
     constants = dict(
         V_AT=v_at,
         HEADS=a.q[0].shape[2],

@@ -54,7 +54,7 @@ def power(x, EXACT: tl.constexpr):
         for k in tl.static_range(7):
             y = tl.fma(f, y, tl.full(x.shape, INVERSE_FACTORIALS[k], tl.float32))
         two_to_n = ((tl.maximum(n, -126.0).to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
-        return tl.where(x > -87.0, y * two_to_n, 0.0)
+        return tl.where(x <= -87.0, 0.0, y * two_to_n)
     else:
         return tl.exp2(x)
 
