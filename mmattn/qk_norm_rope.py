@@ -282,7 +282,7 @@ def warps(meta: dict) -> int:
 @cache
 def fwd_plan(qkv: Spec, weight: Spec, over: str, eps: float, cos: Spec | None, started: bool, layout: str) -> Plan:
     B, L, _, H, d = qkv.shape
-    G, T = groups(weight, 1), 1 if cos is None else groups(cos, 2)
+    G, T = groups(weight, 1), 1 if cos is None else max(1, groups(cos, 2))
     meta = shape_meta(qkv, over, eps, cos, started, layout)
     return Plan(
         qk_norm_rope_fwd_kernel,
@@ -308,7 +308,7 @@ def bwd_plan(
     key_masked: bool,
 ) -> Plan:
     B, L, _, _, _ = qkv.shape
-    G, T = groups(weight, 1), 1 if cos is None else groups(cos, 2)
+    G, T = groups(weight, 1), 1 if cos is None else max(1, groups(cos, 2))
     meta = shape_meta(qkv, over, eps, cos, started, layout)
     blocks = cdiv(B // G * L * meta["ROWS_PER_TOKEN"], meta["ROWS"])
     # As many programs as the GPU holds at once, so that few partial sums are left to add.
@@ -378,6 +378,8 @@ def backward(run, a, outs, extras, douts, **static):
 def rotate(xp, x, cos, sin, start_pos, layout: str):
     """x (B, L, H, d) turned by the table's rows start_pos + 0, 1, ...; positions are clamped to the table."""
     B, L = x.shape[:2]
+    if not B:
+        return x
     turned = cos.shape[-1]
     at = xp.arange(L)[None] if start_pos is None else start_pos[:, None] + like(xp, xp.arange(L), start_pos)[None]
     at = xp.clip(like(xp, at, cos), 0, cos.shape[-2] - 1)
@@ -480,18 +482,21 @@ def norm_operands(op: str, qkv, q_weight, k_weight, over, eps, cos, sin, start_p
             )
         for t_name, t in ((f"cos[{i}]", cos[i]), (f"sin[{i}]", sin[i])):
             if t is not None:
-                check.rank(op, t_name, t, "S, d/2", "Give one row per position, one column per pair.")
+                check.is_array(op, t_name, t)
+                rows = t.shape[-2] if len(t.shape) > 1 else 1
                 turned = max(1, min(cos[i].shape[-1], d // 2))  # fewer columns turn the head's first elements only
-                want = (t.shape[0] if start_pos is not None else max(t.shape[0], x.shape[1]), turned)
+                want = (rows if start_pos is not None else max(rows, x.shape[1]), turned)
                 remedy = "The table has a row for every position and a column for every pair that is turned, d/2 or fewer."
-                check.shape(op, t_name, t, ("S, d/2", want), remedy=remedy)
+                allowed = (("S, d/2", want), ("B, S, d/2", (B, *want)))
+                kind = allowed if t is cos[i] else [(axes, size) for axes, size in allowed if len(size) == len(cos[i].shape)]
+                check.shape(op, t_name, t, *kind, remedy=remedy)
                 check.same_dtype(op, t_name, t, "float32", "the table")
     if start_pos is not None:
         check.shape(op, "start_pos", start_pos, ("B", (streams[0].shape[0],)), remedy="Give one start position per sample.")
         check.integer(op, "start_pos", start_pos)
         for x, t in zip(streams, cos, strict=True):
             if t is not None:
-                check.positions(op, start_extent, x.shape[1], t.shape[0])
+                check.positions(op, start_extent, x.shape[1], t.shape[-2])
     operands = dict(qkv=streams, q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin, start_pos=start_pos)
     return operands, dict(over=over, eps=check.eps(op, eps), layout=layout)
 
@@ -506,7 +511,8 @@ def qk_norm_rope(
     q_weight   (H * d,) per stream for over="width", (d,) for over="head"; float32 or qkv's dtype. k_weight likewise.
     over       "width" normalises all heads together, before the head split; "head" each head by itself.
     eps        added to the mean square; the default is what torch.nn.RMSNorm(eps=None) means.
-    cos, sin   (S, d/2) float32 per stream: row p holds the angles of position p; None for a stream that is not rotated.
+    cos, sin   (S, d/2), or (B, S, d/2) for a table per sample, float32, per stream: row p holds the angles of position p; None
+               for a stream that is not rotated.
                With r < d/2 columns the first 2r elements of a head are turned and the others are not (partial rotation).
     start_pos  (B,) int32: position of each sample's first token, 0 where absent. Positions beyond the table raise where they
                can be seen, in CPU values, and are clamped to it where they cannot, on a device or under trace.

@@ -69,8 +69,8 @@ def like(aval, s: Spec):
 def fold(bind: Callable, arrays, axes, ins: Sequence[Role], outs: Sequence[Role], *, gradients: bool):
     """vmap: the mapped axis becomes part of the batch axis and of the groups, so that one launch serves it.
 
-    Shared arrays stay shared while none of them is mapped, except where their gradients are computed: each example of
-    the mapped axis has its own.
+    Shared arrays stay shared while none of them is mapped or has groups, except where their gradients are computed: each
+    example of the mapped axis has its own.
     """
     n = next(x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None)
     shared = lambda constant: [
@@ -78,7 +78,8 @@ def fold(bind: Callable, arrays, axes, ins: Sequence[Role], outs: Sequence[Role]
         for x, axis, role in zip(arrays, axes, ins, strict=True)
         if role.rank is not None and role.constant == constant
     ]
-    regroup = {c: (gradients and not c) or any(axis is not None for _, axis, _ in shared(c)) for c in (False, True)}
+    apart = lambda c: any(axis is not None or ndim > role.rank for ndim, axis, role in shared(c))
+    regroup = {c: (gradients and not c) or apart(c) for c in (False, True)}
     grouped = any(ndim > role.rank for ndim, _, role in shared(False))
     spread = (None, None)  # mesh axes that shard the mapped axis and the batch axis, under an explicit mesh
 

@@ -298,6 +298,12 @@ def qk_norm_rope_cases():
     for layout in ("interleaved", "half"):
         part = {name: (Constant(t[0].values[:, :5]), None) for name, t in rope(64, 24, True).items()}
         yield case(f"partial-{layout}", 2, 2, 24, 37, 5, over="head", start=int32(0, 9), extra=part, layout=layout)
+    own = lambda B: {
+        name: (Constant(t[0].values[:40][None] * np.linspace(0.9, 1.1, B, dtype=np.float32)[:, None, None]), None)
+        for name, t in rope(64, 24, True).items()
+    }
+    yield case("table-of-samples", 3, 2, 24, 37, 5, over="head", start=int32(0, 3, 1), extra=own(3))
+    yield case("table-of-no-samples", 0, 2, 24, 37, 5, over="head", extra=own(0))
     yield case("float32-weights", 2, 2, 24, 37, **dict(over="width", rotated=(True,)), how=dict(dtype="float32"))
     yield case("empty-batch", 0, 2, 24, 37, over="width")
     yield case("production", 1, 18, 64, 40, over="width", rotated=(True,), row=PRODUCTION)

@@ -198,6 +198,8 @@ def test_nested_vmap(f, kernels):
     g = nested(grads(f, implementation="triton"))
     same(g(*arrays), nested(grads(f, **REFERENCE))(*arrays))
     assert set(binds(g, *arrays).values()) == {1}
+    outs = lambda **how: nested(partial(f, **how))(*arrays)
+    same(outs(implementation="triton"), outs(**REFERENCE))
 
 
 def test_jacrev_and_gradient_of_vmap():
