@@ -38,6 +38,7 @@ def test_frameworks_agree_to_the_bit(case, dtype, kernels):
     assert_same_bits(*(kernels_of(name, case, dtype) for name in frameworks.INSTALLED))
 
 
+@pytest.mark.gpu  # an interpreter cannot do otherwise
 @pytest.mark.parametrize("case, dtype", [row for row in TABLE if row.values[1] == "bfloat16"], scope="module")
 def test_same_call_twice_gives_the_same_bits(case, dtype, framework, kernels):
     assert_same_bits(kernels_of(framework.name, case, dtype), frameworks.call(framework, case, dtype))
