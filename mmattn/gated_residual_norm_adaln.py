@@ -20,9 +20,10 @@ from functools import cache
 from . import check
 from ._triton import tl, triton
 from .adaln.op import norm
-from .op import UNUSED, Call, Op, Plan, Row, Spec, Target, cast, cdiv, groups, row_stride, spec, wide
+from .op import UNUSED, Call, Op, Plan, Row, Spec, Target, cast, cdiv, groups, spec, wide
 from .rows import (
     SUM_WARPS,
+    affine,
     config,
     gradient_spec,
     load_tile,
@@ -31,6 +32,7 @@ from .rows import (
     normalize,
     per_sample,
     reciprocal_root,
+    row_meta,
     shared_sum_tile,
     split,
     store_sums,
@@ -113,7 +115,7 @@ def gated_residual_norm_adaln_fwd_kernel(
         tl.store(r_ptr + start + at, r, mask=inside)
         y, _ = normalize(r.to(tl.float32), inside, WIDTH, EPS, CENTER)
         if SCALED or SHIFTED:
-            y = tl.fma(y, tl.broadcast_to((1.0 + scale)[None, :], y.shape), tl.broadcast_to(shift[None, :], y.shape))
+            y = affine(y, (1.0 + scale)[None, :], shift[None, :])
         tl.store(y_ptr + start + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -278,9 +280,7 @@ def constants(a, static: dict, kernel) -> tuple:
         SHIFTED=a.shift is not None,
     )
     for name in ("gate", "scale", "shift"):
-        v, row = getattr(a, name), static[f"{name}_row"]
-        meta[f"{name.upper()}_STRIDE"] = 0 if v is None else row_stride(v, 1 if row is None else 2)
-        meta[f"{name.upper()}_AT"] = 0 if row is None else row * a.residual.shape[2]
+        meta |= row_meta(name.upper(), getattr(a, name), static[f"{name}_row"])
     return tuple((k, v) for k, v in meta.items() if k in kernel.arg_names)
 
 

@@ -215,6 +215,12 @@ def cast(x, dtype: str):
     return x.to(next(d for d, name in DTYPE_NAMES.items() if name == dtype and type(d) is type(x.dtype)))
 
 
+def ungrouped(xp, v, samples: int):
+    """v (G, ...), a row per group, as a row per sample: (samples, ...)."""
+    G, *rest = v.shape
+    return xp.broadcast_to(v[:, None], (G, samples // G, *rest)).reshape(samples, *rest)
+
+
 def like(xp, x, y):
     """x on y's device (torch creates on the CPU by default)."""
     return x.to(y.device) if hasattr(x, "to") and hasattr(y, "is_cuda") else x

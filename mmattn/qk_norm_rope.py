@@ -17,7 +17,7 @@ from functools import cache
 
 from . import check
 from ._triton import tl, triton
-from .op import Call, Op, Plan, Spec, Target, cast, cdiv, groups, like, next_power_of_2, spec, wide
+from .op import Call, Op, Plan, Spec, Target, cast, cdiv, groups, like, next_power_of_2, spec, ungrouped, wide
 from .rows import sum_pair_plan
 
 
@@ -407,8 +407,7 @@ def norm_reference(xp, x, weight, cos, sin, start_pos, *, over: str, eps: float,
     x = x.reshape(B, L, 1, H * d) if over == "width" else x
     x = x / xp.sqrt(xp.mean(x * x, axis=-1, keepdims=True) + eps)
     if len(weight.shape) == 2:
-        G, W = weight.shape
-        weight = xp.broadcast_to(weight[:, None], (G, B // G, W)).reshape(B, 1, 1, W)
+        weight = ungrouped(xp, weight, B)[:, None, None]
     x = (x * weight).reshape(B, L, H, d)
     return x if cos is None else rotate(xp, x, cos, sin, start_pos, layout)
 

@@ -10,8 +10,8 @@ from functools import cache
 
 from . import check
 from ._triton import tl, triton
-from .op import Call, Op, Plan, Row, Spec, Target, cast, cdiv, row_stride, spec, wide
-from .rows import config, gradient_spec, load_vector, per_sample, split, sum_chunks_plan, tile
+from .op import Call, Op, Plan, Row, Spec, Target, cast, cdiv, spec, wide
+from .rows import config, gradient_spec, load_tile, load_vector, per_sample, row_meta, split, store_sums, sum_chunks_plan, tile
 
 
 @triton.jit(do_not_specialize=["TOKENS"])
@@ -35,8 +35,8 @@ def gated_residual_fwd_kernel(
     inside = (rows < TOKENS)[:, None] & (cols < WIDTH)[None, :]
     at = (b * TOKENS + rows)[:, None] * WIDTH + cols[None, :]
     gate = load_vector(gate_ptr, b * GATE_STRIDE + GATE_AT, cols, WIDTH, True, 1.0)  # [COLS]
-    h = tl.load(h_ptr + at, mask=inside, other=0.0).to(tl.float32)  # [ROWS, COLS]
-    residual = tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    h = load_tile(h_ptr, at, inside)  # [ROWS, COLS]
+    residual = load_tile(residual_ptr, at, inside)
     out = tl.fma(tl.broadcast_to(gate[None, :], h.shape), h, residual)
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -67,20 +67,19 @@ def gated_residual_bwd_kernel(
         rows = first + block * ROWS + tl.arange(0, ROWS)
         inside = (rows < TOKENS)[:, None] & (cols < WIDTH)[None, :]
         at = (b * TOKENS + rows)[:, None] * WIDTH + cols[None, :]
-        h = tl.load(h_ptr + at, mask=inside, other=0.0).to(tl.float32)  # [ROWS, COLS]
-        dout = tl.load(dout_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        h = load_tile(h_ptr, at, inside)  # [ROWS, COLS]
+        dout = load_tile(dout_ptr, at, inside)
         tl.store(dh_ptr + at, (gate[None, :] * dout).to(dh_ptr.dtype.element_ty), mask=inside)
         part = tl.fma(dout, h, part)
-    tl.store(part_ptr + tl.program_id(0).to(tl.int64) * WIDTH + cols, tl.sum(part, 0), mask=cols < WIDTH)
+    store_sums(part_ptr, tl.program_id(0).to(tl.int64), part, cols, WIDTH)
 
 
-def gate_meta(gate, row: int | None) -> tuple[int, int]:
-    """Elements between two samples' rows of the gate, and where the first row starts."""
-    return (row_stride(gate, 1), 0) if row is None else (row_stride(gate, 2), row * gate.shape[2])
+def gate_meta(gate, row: int | None) -> tuple:
+    return tuple(row_meta("GATE", gate, row).items())
 
 
 @cache
-def fwd_plan(x: Spec, stride: int, at: int) -> Plan:
+def fwd_plan(x: Spec, row: tuple) -> Plan:
     B, L, D = x.shape
     c = config("gated_residual_fwd", None, x, Target())
     return Plan(
@@ -88,13 +87,13 @@ def fwd_plan(x: Spec, stride: int, at: int) -> Plan:
         grid=(B * cdiv(L, c.rows),),
         outs=(x,),
         ints=dict(TOKENS=L),
-        meta=dict(WIDTH=D, GATE_STRIDE=stride, GATE_AT=at, **tile(D, c)),
+        meta=dict(WIDTH=D, **dict(row), **tile(D, c)),
         warps=c.warps,
     )
 
 
 @cache
-def bwd_plan(target: Target, x: Spec, stride: int, at: int) -> Plan:
+def bwd_plan(target: Target, x: Spec, row: tuple) -> Plan:
     B, L, D = x.shape
     c = config("gated_residual_bwd", None, x, target)
     chunks, blocks = split(target, B, cdiv(L, c.rows), c.per_sm)
@@ -103,7 +102,7 @@ def bwd_plan(target: Target, x: Spec, stride: int, at: int) -> Plan:
         grid=(B * chunks,),
         outs=(x, Spec((B, chunks, D), "float32")),
         ints=dict(TOKENS=L, CHUNKS=chunks, BLOCKS=blocks),
-        meta=dict(WIDTH=D, GATE_STRIDE=stride, GATE_AT=at, **tile(D, c)),
+        meta=dict(WIDTH=D, **dict(row), **tile(D, c)),
         warps=c.warps,
     )
 
@@ -113,12 +112,12 @@ def infer(a, **_):
 
 
 def forward(run, a, *, gate_row):
-    return run(fwd_plan(spec(a.residual), *gate_meta(a.gate, gate_row)), a.residual, a.h, a.gate), ()
+    return run(fwd_plan(spec(a.residual), gate_meta(a.gate, gate_row)), a.residual, a.h, a.gate), ()
 
 
 def backward(run, a, outs, extras, douts, *, gate_row):
     (dout,) = douts
-    dh, part = run(bwd_plan(run.target, spec(a.h), *gate_meta(a.gate, gate_row)), a.h, a.gate, dout)
+    dh, part = run(bwd_plan(run.target, spec(a.h), gate_meta(a.gate, gate_row)), a.h, a.gate, dout)
     (dgate,) = run(sum_chunks_plan(spec(part), gradient_spec(a.gate, gate_row)), part)
     return dict(h=dh, gate=dgate)
 

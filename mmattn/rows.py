@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from . import tuned
 from ._triton import tl, triton
-from .op import Plan, Spec, Target, cdiv, next_power_of_2, spec, wide
+from .op import Plan, Spec, Target, cdiv, next_power_of_2, row_stride, spec, wide
 
 
 @triton.jit
@@ -27,6 +27,12 @@ def load_vector(ptr, at, cols, WIDTH: tl.constexpr, PRESENT: tl.constexpr, ABSEN
 @triton.jit
 def load_tile(ptr, at, inside):
     return tl.load(ptr + at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def affine(y, factor, addend):
+    """factor * y + addend, rounded once; factor and addend are tiles, or one row."""
+    return tl.fma(y, tl.broadcast_to(factor, y.shape), tl.broadcast_to(addend, y.shape))
 
 
 @triton.jit
@@ -83,7 +89,7 @@ def sum_chunks(part_ptr, out_ptr, n, cols, CHUNKS, WIDTH: tl.constexpr, ROWS: tl
         rows = start + tl.arange(0, ROWS)
         inside = (rows < CHUNKS)[:, None] & (cols < WIDTH)[None, :]
         total += tl.load(part_ptr + (n * CHUNKS + rows)[:, None] * WIDTH + cols[None, :], mask=inside, other=0.0)
-    tl.store(out_ptr + n * WIDTH + cols, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=cols < WIDTH)
+    store_sums(out_ptr, n, total, cols, WIDTH)
 
 
 @triton.jit(do_not_specialize=["CHUNKS"])
@@ -222,6 +228,15 @@ def sum_pair_plan(part: Spec, a: Spec, b: Spec) -> Plan:
         meta=dict(WIDTH=D, **t),
         warps=SUM_WARPS,
     )
+
+
+def row_meta(name: str, v, row: int | None) -> dict[str, int]:
+    """Where one sample's row of a vector lies, for a kernel: elements between two samples' rows, and before the first one's.
+
+    v is (B, D) or (B, 1, D), or a packed (B, M, D) of which `row` is read; None if it is absent.
+    """
+    stride = 0 if v is None else row_stride(v, 1 if row is None else 2)
+    return {f"{name}_STRIDE": stride, f"{name}_AT": 0 if row is None else row * v.shape[2]}
 
 
 def gradient_spec(v, row: int | None) -> Spec:

@@ -7,7 +7,7 @@ r = i % LINES of sample b = i // LINES. Where the modulation is per token, or th
 from __future__ import annotations
 
 from .._triton import tl, triton
-from ..rows import load_tile, load_vector, norm_backward, normalize, store_sums
+from ..rows import affine, load_tile, load_vector, norm_backward, normalize, store_sums
 
 
 @triton.jit
@@ -35,12 +35,6 @@ def load_modulation(ptr, token, line, rows, cols, inside, KIND: tl.constexpr, ST
         return load_tile(ptr, (line * STRIDE)[:, None] + cols[None, :], inside)
     else:
         return tl.zeros((1, cols.shape[0]), tl.float32)
-
-
-@triton.jit
-def affine(y, factor, addend):
-    """factor * y + addend, rounded once; factor and addend are tiles, or one row."""
-    return tl.fma(y, tl.broadcast_to(factor, y.shape), tl.broadcast_to(addend, y.shape))
 
 
 @triton.jit(do_not_specialize=["TOKENS", "CHUNKS", "BLOCKS", "GROUP", "LINES"])

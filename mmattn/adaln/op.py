@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from functools import cache
 
-from ..op import UNUSED, Op, Plan, Spec, Target, cast, cdiv, groups, like, row_stride, spec, wide
-from ..rows import SUM_WARPS, config, gradient_spec, per_sample, shared_sum_tile, split, tile
+from ..op import UNUSED, Op, Plan, Spec, Target, cast, cdiv, groups, like, spec, ungrouped, wide
+from ..rows import SUM_WARPS, config, gradient_spec, per_sample, row_meta, shared_sum_tile, split, tile
 from .kernels import adaln_bwd_kernel, adaln_bwd_vectors_kernel, adaln_fwd_kernel
 
 GATHERED = ("sample", "index")  # kinds of modulation whose gradients are sums over tokens
@@ -28,7 +28,7 @@ class Form:
         self.scale = a.scale_table if a.scale is None else a.scale
         self.shift = a.shift_table if a.shift is None else a.shift
         kinds = dict(SCALE=kind(a, self.scale, scale_row), SHIFT=kind(a, self.shift, shift_row))
-        B, L, D = a.x.shape
+        B, L, _ = a.x.shape
         given = ((a.weight, 1), (a.bias, 1), (a.scale_base, 1), (a.shift_base, 1), (a.scale_table, 2), (a.shift_table, 2))
         self.groups = max([groups(v, rank) for v, rank in given if v is not None], default=1)
         self.lines = next(v.shape[-2] for v in (self.scale, self.shift) if v is not None) if "index" in kinds.values() else 1
@@ -49,8 +49,7 @@ class Form:
             ROUND_AFFINE=affine and modulated and cast != "none",
         )
         for name, v, row in (("SCALE", self.scale, scale_row), ("SHIFT", self.shift, shift_row)):
-            self.meta[f"{name}_STRIDE"] = 0 if v is None else row_stride(v, 1 if row is None else 2)
-            self.meta[f"{name}_AT"] = 0 if row is None else row * D
+            self.meta |= row_meta(name, v, row)
         per_token, gathered = kinds["SCALE"] == "token", kinds["SCALE"] in GATHERED
         self.sums = dict(
             SUM_A=gathered or a.scale_base is not None or (a.weight is not None and not per_token),
@@ -170,10 +169,7 @@ def backward(run, a, outs, extras, douts, *, eps, center, scale_row, shift_row, 
 def per_group(xp, v, samples: int):
     """(D,) or (G, D) -> broadcastable against (B, L, D), wide."""
     v = wide(v)
-    if len(v.shape) == 1:
-        return v
-    G, D = v.shape
-    return xp.broadcast_to(v[:, None], (G, samples // G, D)).reshape(samples, 1, D)
+    return v if len(v.shape) == 1 else ungrouped(xp, v, samples)[:, None]
 
 
 def norm(xp, x, *, eps, center):
@@ -196,8 +192,7 @@ def modulation(xp, a, name: str, row: int | None):
     if table is not None and len(table.shape) == 2:
         return m + wide(table[xp.clip(a.rows, 0, table.shape[0] - 1)])
     if table is not None:
-        G, R, D = table.shape
-        v = xp.broadcast_to(table[:, None], (G, samples // G, R, D)).reshape(samples, R, D)
+        v = ungrouped(xp, table, samples)
     if v is None:
         return m
     if a.rows is not None:

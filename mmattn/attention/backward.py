@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .._triton import tl, triton
-from .tokens import accumulate, allowed, kept, load_tokens, pair_sum, power, products, stream_of
+from .tokens import accumulate, allowed, kept, load_queries, load_tokens, pair_sum, power, products, stream_of
 
 PAD: tl.constexpr = tl.constexpr(128)  # rows of statistics are padded to a multiple of this, so that no load of them is masked
 
@@ -288,12 +288,10 @@ def joint_attention_bwd_dq_body(
     _, delta_ptr, _, _, _ = stream_of(block, delta_ptrs, LENGTHS, Q_STRIDES_, QUERIES)
     _, query_mask_ptr, _, query_masked, _ = stream_of(block, key_mask_ptrs, LENGTHS, KEY_MASKS_, QUERIES)
 
-    query = first + tl.arange(0, QUERIES)
+    query, keep, q = load_queries(
+        q_ptr + head * WIDTH, query_mask_ptr, batch, first, length, q_stride, query_masked, WIDTH, QUERIES, COLS
+    )
     cols = tl.arange(0, COLS)
-    keep = query < length
-    if query_masked:
-        keep = kept(query_mask_ptr, batch, query, length, True)
-    q = load_tokens(q_ptr + head * WIDTH, batch, query, length, q_stride, cols, WIDTH, keep, False)  # [QUERIES, COLS]
     q = q.to(v_ptrs[0].dtype.element_ty)
     do = load_tokens(do_ptr + head * WIDTH, batch, query, length, HEADS * WIDTH, cols, WIDTH, keep, False)
     minus_shift, factor, minus_delta = load_row_statistics(lse_ptr, delta_ptr, batch * HEADS + head, query, length, EXACT)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 
 from .._triton import tl, triton
-from .tokens import accumulate, allowed, kept, load_tokens, power, products, row_sum, stream_of
+from .tokens import accumulate, allowed, kept, load_queries, load_tokens, power, products, row_sum, stream_of
 
 LN2: tl.constexpr = tl.constexpr(math.log(2))
 
@@ -58,19 +58,6 @@ def kept_range(key_mask_ptr, batch, length, KEY_MASKED: tl.constexpr):
         lead = tl.min(leads, 0)
         last = tl.max(lasts, 0)
     return lead, last
-
-
-@triton.jit
-def load_queries(
-    q_ptr, query_mask_ptr, batch, first, length, q_stride, query_masked,
-    WIDTH: tl.constexpr, QUERIES: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    """Token numbers [QUERIES], which of them count, and q [QUERIES, COLS], whose other rows read as 0."""
-    query = first + tl.arange(0, QUERIES)
-    keep = query < length
-    if query_masked:
-        keep = kept(query_mask_ptr, batch, query, length, True)
-    return query, keep, load_tokens(q_ptr, batch, query, length, q_stride, tl.arange(0, COLS), WIDTH, keep, False)
 
 
 @triton.jit

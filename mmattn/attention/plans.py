@@ -54,14 +54,40 @@ def unshifted_tiles(d: int, dtype: str, keys: int, masked: bool) -> tuple[dict[s
     return dict(QUERIES=128, KEYS=64, COLS=cols), 8, 3
 
 
+def backward_tiles(kind: str, d: int, keys: int, masked: bool) -> tuple[dict[str, int], int, int]:
+    """Tile, warps and stages of a backward kernel in 16 bits ("single", "dkdv" or "dq"), by measurement (docs/facts.md).
+
+    Every kernel waits for its products and exponentials in turn, so what counts is how many programs share a multiprocessor:
+    tiles of 64 x 64, or half of that for short sequences, and three stages, which hide the loads.
+    """
+    cols = max(16, next_power_of_2(d))
+    tile = lambda queries, keys: dict(QUERIES=queries, KEYS=keys, COLS=cols)
+    if kind == "single":
+        return tile(64, 64), 4, 1
+    if cols == 16 and keys <= 1024:
+        return (tile(32, 64) if kind == "dkdv" else tile(64, 32)), 2, 3
+    if cols <= 64:
+        return tile(64, 64), 4, 3
+    if kind == "dkdv":
+        return tile(64, 64), 4, 2
+    return (tile(64, 64), 8, 2) if masked else (tile(128, 64), 8, 3)  # a mask's registers spill there
+
+
+def configuration(a, kind: str, causal: bool, precision: str) -> tuple[dict[str, int], int, int]:
+    """Tile, warps and stages of a kernel: "fwd", with a running maximum, "unshifted", "single", "dq" or "dkdv"."""
+    d, dtype, keys = a.q[0].shape[3], spec(a.v[0]).dtype, sum(lengths(a))
+    masked = a.attn_mask is not None or causal
+    if kind == "unshifted":
+        return unshifted_tiles(d, dtype, keys, masked or any(m is not None for m in a.key_masks))
+    if kind == "fwd" or dtype == "float32":
+        return tiles(kind, d, dtype, precision)
+    return backward_tiles(kind, d, keys, masked)
+
+
 def meta(a, kind: str, *, causal: bool, scale: float, precision: str, v_at: int = 0, **more) -> tuple[dict, int, int]:
     n = len(a.q)
-    masked = a.attn_mask is not None or causal or any(m is not None for m in a.key_masks)
     exact = is_exact(a, precision)
-    if kind == "unshifted":
-        tile, warps, stages = unshifted_tiles(a.q[0].shape[3], spec(a.v[0]).dtype, sum(lengths(a)), masked)
-    else:
-        tile, warps, stages = tiles(kind, a.q[0].shape[3], spec(a.v[0]).dtype, precision)
+    tile, warps, stages = configuration(a, kind, causal, precision)
     constants = dict(
         V_AT=v_at,
         HEADS=a.q[0].shape[2],
@@ -204,34 +230,6 @@ def attention_forward(run, a, *, return_lse: bool, precision: str, **static):
     return (o + log if return_lse else o), lse + anys
 
 
-def backward_tiles(kind: str, d: int, keys: int, masked: bool) -> tuple[dict[str, int], int, int]:
-    """Tile, warps and stages of a backward kernel in 16 bits ("single", "dkdv" or "dq"), by measurement (docs/facts.md).
-
-    Every kernel waits for its products and exponentials in turn, so what counts is how many programs share a multiprocessor:
-    tiles of 64 x 64, or half of that for short sequences, and three stages, which hide the loads.
-    """
-    cols = max(16, next_power_of_2(d))
-    tile = lambda queries, keys: dict(QUERIES=queries, KEYS=keys, COLS=cols)
-    if kind == "single":
-        return tile(64, 64), 4, 1
-    if cols == 16 and keys <= 1024:
-        return (tile(32, 64) if kind == "dkdv" else tile(64, 32)), 2, 3
-    if cols <= 64:
-        return tile(64, 64), 4, 3
-    if kind == "dkdv":
-        return tile(64, 64), 4, 2
-    return (tile(64, 64), 8, 2) if masked else (tile(128, 64), 8, 3)  # a mask's registers spill there
-
-
-def backward_meta(a, kind: str, **static) -> tuple[dict, int, int]:
-    constants, warps, stages = meta(a, kind, **static)
-    if spec(a.v[0]).dtype != "float32":
-        masked = constants["CAUSAL"] or constants["MASKED"] > 0
-        tile, warps, stages = backward_tiles(kind, a.q[0].shape[3], sum(lengths(a)), masked)
-        constants |= tile
-    return constants, warps, stages
-
-
 def is_single_pass(a, causal: bool, scale: float) -> bool:
     """Whether one launch does the backward: dq of all queries of a head must fit the registers of a program. It divides by
     the scale."""
@@ -255,7 +253,7 @@ def attention_backward(run, a, outs, residuals, douts, *, precision: str, wide: 
 def single_pass(run, a, o, do, lse, dlse, gradients, static):
     B, _, H, d = a.q[0].shape
     n = len(a.q)
-    constants, warps, stages = backward_meta(a, "single", SHIFTED=bool(dlse), **static)
+    constants, warps, stages = meta(a, "single", SHIFTED=bool(dlse), **static)
     constants = {name: x for name, x in constants.items() if name not in ("GROUP", "CAUSAL", "MASKED", "PRECISION", "EXACT")}
     constants |= {f"BLOCK{i}": cdiv(L, constants["QUERIES"]) for i, L in enumerate(lengths(a))}
     constants["WIDE"] = next_power_of_2(d + 3)
@@ -273,12 +271,12 @@ def two_passes(run, a, masks, o, do, lse, dlse, gradients, static):
     delta = tuple(run(delta_plan(lengths(a), statistics, H, d, bool(dlse), exact), *o, *do, *lse, *(dlse or lse)))
     inputs = (*a.q, *a.k, *a.v, *masks, *do, *lse)
     dq, dk, dv = gradients
-    constants, warps, stages = backward_meta(a, "dq", **static)
+    constants, warps, stages = meta(a, "dq", **static)
     outs = dq + (statistics if exact else (UNUSED,) * n)
     p = plan(joint_attention_bwd_dq_body, lengths(a), B * H, constants["QUERIES"], outs, tuple(constants.items()), warps, stages)
     results = tuple(run(p, *inputs, *delta))
     dq, delta = results[:n], results[n:] if exact else delta
-    constants, warps, stages = backward_meta(a, "dkdv", **static)
+    constants, warps, stages = meta(a, "dkdv", **static)
     outs = dk + dv
     programs = B * a.k[0].shape[2]
     p = plan(

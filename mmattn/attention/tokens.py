@@ -134,6 +134,19 @@ def allowed(mask_ptr, rows_ptr, cols_ptr, batch, i, t, query, key, length, CAUSA
     return valid
 
 
+@triton.jit
+def load_queries(
+    q_ptr, query_mask_ptr, batch, first, length, q_stride, query_masked,
+    WIDTH: tl.constexpr, QUERIES: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Token numbers [QUERIES], which of them count, and q [QUERIES, COLS], whose other rows read as 0."""
+    query = first + tl.arange(0, QUERIES)
+    keep = query < length
+    if query_masked:
+        keep = kept(query_mask_ptr, batch, query, length, True)
+    return query, keep, load_tokens(q_ptr, batch, query, length, q_stride, tl.arange(0, COLS), WIDTH, keep, False)
+
+
 @triton.jit(do_not_specialize=["LENGTH"])
 def mask_any_kernel(
     mask_ptr,  # (B, L, L) bool
