@@ -31,6 +31,7 @@ from .rows import (
     norm_backward,
     normalize,
     per_sample,
+    products,
     reciprocal_root,
     row_meta,
     shared_sum_tile,
@@ -58,7 +59,7 @@ def sum_rounded(residual, h, gate, h_weight, H_EPS: tl.constexpr, WIDTH: tl.cons
     """u, rstd_h [ROWS] and r in dtype, from tiles in float32 that are 0 outside and vectors [COLS]."""
     rstd = tl.full((h.shape[0],), 1.0, tl.float32)
     if POST:
-        rstd = reciprocal_root(tl.sum(h * h, 1) * (1.0 / WIDTH), H_EPS)
+        rstd = reciprocal_root(tl.sum(products(h, h), 1) * (1.0 / WIDTH), H_EPS)
         h = h * rstd[:, None]
     r = tl.fma(tl.broadcast_to((gate * h_weight)[None, :], h.shape), h, residual)
     return h, rstd, r.to(dtype)
@@ -176,12 +177,11 @@ def gated_residual_norm_adaln_bwd_kernel(
         dy = load_tile(dy_ptr + start, at, inside)
         dr = load_tile(dr_ptr + start, at, inside)
         u, rstd_h, r = sum_rounded(residual, h, gate, h_weight, H_EPS, WIDTH, POST, residual_ptr.dtype.element_ty)
-        n, d = norm_backward(r.to(tl.float32), dy * gain[None, :], inside, WIDTH, EPS, CENTER)
-        d += dr
+        n, d = norm_backward(r.to(tl.float32), dy * gain[None, :], dr, inside, WIDTH, EPS, CENTER)
         tl.store(dresidual_ptr + start + at, d.to(dresidual_ptr.dtype.element_ty), mask=inside)
         dh = d * (gate * h_weight)[None, :]
         if POST:
-            mean = tl.sum(dh * u, 1) * (1.0 / WIDTH)
+            mean = tl.sum(products(dh, u), 1) * (1.0 / WIDTH)
             dh = tl.fma(-u, tl.broadcast_to(mean[:, None], dh.shape), dh) * rstd_h[:, None]
         tl.store(dh_ptr + start + at, dh.to(dh_ptr.dtype.element_ty), mask=inside)
         q = tl.fma(d, u, q)
@@ -231,8 +231,9 @@ def gated_residual_norm_adaln_bwd_vectors_kernel(
 ):
     """Grid ((B + groups with h_weight) * cdiv(D, COLS),): one program sums COLS columns of one sample or of one group."""
     column_blocks: tl.constexpr = (WIDTH + COLS - 1) // COLS
-    i = (tl.program_id(0) // column_blocks).to(tl.int64)
-    cols = tl.program_id(0) % column_blocks * COLS + tl.arange(0, COLS)
+    program = tl.num_programs(0) - 1 - tl.program_id(0)  # the groups' sums take longest, so they begin first
+    i = (program // column_blocks).to(tl.int64)
+    cols = program % column_blocks * COLS + tl.arange(0, COLS)
     if i < SAMPLES:
         own_q = tl.zeros((ROWS, COLS), tl.float32)
         a = tl.zeros((ROWS, COLS), tl.float32)
@@ -293,7 +294,7 @@ def variant(meta: tuple) -> str:
 def fwd_plan(target: Target, x: Spec, G: int, meta: tuple) -> Plan:
     B, L, D = x.shape
     c = config("gated_residual_norm_adaln_fwd", variant(meta), x, target)
-    chunks, blocks = split(target, B, cdiv(L, c.rows), c.per_sm)
+    chunks, blocks = split(target, B, cdiv(L, c.rows), c)
     return Plan(
         gated_residual_norm_adaln_fwd_kernel,
         grid=(B * chunks,),
@@ -315,7 +316,7 @@ def bwd_plan(target: Target, x: Spec, G: int, meta: tuple, vectors: tuple[Spec, 
     dtypes anyway, so that one compiled kernel serves every number of chunks."""
     B, L, D = x.shape
     c = config("gated_residual_norm_adaln_bwd", variant(meta), x, target)
-    chunks, blocks = split(target, B, cdiv(L, c.rows), c.per_sm)
+    chunks, blocks = split(target, B, cdiv(L, c.rows), c, sums=True)
     flags = dict(meta)
     part = Spec((B, chunks, D), "float32")
     sums = [part if wanted else UNUSED for wanted in (True, flags["SCALED"], flags["SHIFTED"])]

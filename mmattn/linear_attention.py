@@ -20,7 +20,7 @@ from .attention.joint import joint_operands, mask_operands, silenced, split_stre
 from .attention.plans import key_mask_inputs
 from .attention.tokens import kept, load_tokens, stream_of
 from .op import Call, Op, Plan, Spec, cast, cdiv, next_power_of_2, row_stride, spec, wide
-from .streams import over_streams
+from .streams import integers, over_streams
 
 
 @triton.jit
@@ -246,7 +246,7 @@ def plan(
         over_streams(body, len(lengths)),
         grid=(heads * (sum(cdiv(L, tokens) for L in lengths) if per_block else 1),),
         outs=outs,
-        ints={f"LENGTH{i}": L for i, L in enumerate(lengths)},
+        ints=integers(LENGTHS=lengths),
         meta=dict(constants) | dict(TOKENS=tokens, COLS=cols),
         warps=4 if cols <= 64 else 8,
     )

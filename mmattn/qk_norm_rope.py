@@ -1,4 +1,4 @@
-"""QK-RMSNorm and rotary embedding of packed projections, one launch per stream.
+"""QK-RMSNorm and rotary embedding of packed projections, one launch for all streams.
 
 For q and for k of each token:  y = R(pos) (weight * x / sqrt(mean(x^2) + eps)).
 The mean runs over all heads (over="width", before the head split) or over each head (over="head"); a "row" below is what
@@ -14,11 +14,13 @@ Saved for the backward: the packed projections and the weights; rstd is recomput
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 from . import check
 from ._triton import tl, triton
 from .op import Call, Op, Plan, Spec, Target, cast, cdiv, groups, like, next_power_of_2, spec, ungrouped, wide
-from .rows import sum_pair_plan
+from .rows import sum_chunks
+from .streams import integers, name_of, over_streams
 
 
 @triton.jit
@@ -113,103 +115,104 @@ def turn(a, b, c, s):
     return tl.fma(a, c, -(b * s)), tl.fma(a, s, b * c)
 
 
-@triton.jit(do_not_specialize=["TOKENS", "SAMPLES", "GROUP", "TABLE_GROUP"])
-def qk_norm_rope_fwd_kernel(
-    qkv_ptr,  # (B, L, 3, H, d)
-    q_weight_ptr,  # (G, WIDTH)
-    k_weight_ptr,  # (G, WIDTH)
-    cos_ptr,  # (T, POSITIONS, TURNED) float32
-    sin_ptr,  # (T, POSITIONS, TURNED) float32
-    start_ptr,  # (B,) int32
-    q_ptr,  # (B, L, H, d)
-    k_ptr,  # (B, L, H, d)
-    TOKENS,  # L
-    SAMPLES,  # B / G
-    TABLE_GROUP,  # samples that share a table, B / T
-    WIDTH: tl.constexpr,  # elements of a row
-    ROWS_PER_TOKEN: tl.constexpr,  # 1 over the width, H over the head
-    WIDTH_HEAD: tl.constexpr,  # d
-    TURNED: tl.constexpr,  # pairs of a head that are turned
-    EPS: tl.constexpr,
-    ROTATED: tl.constexpr,
-    STARTED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    POSITIONS: tl.constexpr,
-    ROWS: tl.constexpr,
-    PAIRS: tl.constexpr,
-):
-    """Grid (G * cdiv(rows of a group, ROWS),): one program serves ROWS rows of q and the same rows of k."""
+@triton.jit
+def locate(r, first_token, LENGTH, ROWS_PER_TOKEN: tl.constexpr, WIDTH: tl.constexpr):
+    """Of rows r [ROWS] counted from a group's first token: token counted over the batch, sample, and where a row begins in
+    (B, L, H, d) and in the packed projections."""
     D: tl.constexpr = WIDTH * ROWS_PER_TOKEN
-    rows_of_group = SAMPLES * TOKENS * ROWS_PER_TOKEN
-    blocks = tl.cdiv(rows_of_group, ROWS)
-    g = tl.program_id(0) // blocks
-    r = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
-    inside = r < rows_of_group
-    token = g * SAMPLES * TOKENS + r // ROWS_PER_TOKEN  # counted over the batch
-    b = token // TOKENS
+    token = first_token + r // ROWS_PER_TOKEN
     row = token.to(tl.int64) * D + r % ROWS_PER_TOKEN * WIDTH
-    packed = row + token.to(tl.int64) * 2 * D
-    if ROTATED:
+    return token, token // LENGTH, row, row + token.to(tl.int64) * 2 * D
+
+
+@triton.jit
+def norm_rows(
+    program, qkv_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, start_ptr, q_ptr, k_ptr, LENGTH, SAMPLES, TABLE_SAMPLES,
+    WIDTH: tl.constexpr, ROWS_PER_TOKEN: tl.constexpr, WIDTH_HEAD: tl.constexpr, EPS: tl.constexpr, TURNED: tl.constexpr,
+    POSITIONS: tl.constexpr, STARTED: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """One program of a stream: ROWS rows of q and the same rows of k."""
+    rows_of_group = SAMPLES * LENGTH * ROWS_PER_TOKEN
+    blocks = tl.cdiv(rows_of_group, ROWS)
+    g = program // blocks
+    r = (program % blocks) * ROWS + tl.arange(0, ROWS)
+    inside = r < rows_of_group
+    token, b, row, packed = locate(r, g * SAMPLES * LENGTH, LENGTH, ROWS_PER_TOKEN, WIDTH)
+    if TURNED:
         c, s = load_rotation(
-            cos_ptr, sin_ptr, start_ptr, b, token % TOKENS, inside, b // TABLE_GROUP * POSITIONS,
+            cos_ptr, sin_ptr, start_ptr, b, token % LENGTH, inside, b // TABLE_SAMPLES * POSITIONS,
             WIDTH_HEAD, TURNED, STARTED, POSITIONS, PAIRS,
         )  # fmt: skip
     first, second = pair_columns(tl.arange(0, PAIRS), WIDTH_HEAD, TURNED, INTERLEAVED)
     there = 2 * tl.arange(0, PAIRS) < WIDTH
     for part in tl.static_range(2):
+        x_ptr = qkv_ptr + part * WIDTH * ROWS_PER_TOKEN
         weight = (k_weight_ptr if part else q_weight_ptr) + g.to(tl.int64) * WIDTH
-        a, b_ = load_pairs(qkv_ptr + part * D, packed, inside, WIDTH, WIDTH_HEAD, TURNED, INTERLEAVED, PAIRS)  # [ROWS, PAIRS]
+        a, b_ = load_pairs(x_ptr, packed, inside, WIDTH, WIDTH_HEAD, TURNED, INTERLEAVED, PAIRS)  # [ROWS, PAIRS]
         a, b_, _ = rms(a, b_, WIDTH, EPS)
         a *= tl.load(weight + first, mask=there, other=0.0).to(tl.float32)[None, :]
         b_ *= tl.load(weight + second, mask=there, other=0.0).to(tl.float32)[None, :]
-        if ROTATED:
+        if TURNED:
             a, b_ = turn(a, b_, c, s)
         store_pairs(k_ptr if part else q_ptr, row, inside, a, b_, WIDTH, WIDTH_HEAD, TURNED, INTERLEAVED, PAIRS)
 
 
-@triton.jit(do_not_specialize=["TOKENS", "SAMPLES", "TABLE_GROUP", "CHUNKS", "BLOCKS"])
-def qk_norm_rope_bwd_kernel(
-    qkv_ptr,  # (B, L, 3, H, d)
-    dq_ptr,  # (B, L, H, d)
-    dk_ptr,  # (B, L, H, d)
-    dv_ptr,  # (B, L, H, d)
-    q_weight_ptr,  # (G, WIDTH)
-    k_weight_ptr,  # (G, WIDTH)
-    cos_ptr,  # (T, POSITIONS, TURNED) float32
-    sin_ptr,  # (T, POSITIONS, TURNED) float32
+@triton.jit
+def qk_norm_rope_fwd_body(
+    qkv_ptrs,  # (B, L_s, 3, H, d) per stream
+    q_weight_ptrs,  # (G, WIDTH)
+    k_weight_ptrs,  # (G, WIDTH)
+    cos_ptrs,  # (T, POSITIONS, TURNED) float32
+    sin_ptrs,  # (T, POSITIONS, TURNED) float32
     start_ptr,  # (B,) int32
-    key_mask_ptr,  # (B, L) bool: a masked token reads as 0 and adds nothing to the gradients, whatever it holds
-    dqkv_ptr,  # (B, L, 3, H, d)
-    q_part_ptr,  # (G, CHUNKS, WIDTH) float32: sum of u * n over the chunk's rows
-    k_part_ptr,  # (G, CHUNKS, WIDTH) float32
-    TOKENS,
-    SAMPLES,
-    TABLE_GROUP,
-    CHUNKS,
-    BLOCKS,  # blocks of ROWS rows in a chunk
-    WIDTH: tl.constexpr,
-    ROWS_PER_TOKEN: tl.constexpr,
-    WIDTH_HEAD: tl.constexpr,
-    TURNED: tl.constexpr,
-    EPS: tl.constexpr,
-    ROTATED: tl.constexpr,
-    STARTED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    POSITIONS: tl.constexpr,
-    VALUES: tl.constexpr,  # whether dv is given; else v's part of the gradient is 0
-    KEY_MASKED: tl.constexpr,
-    ROWS: tl.constexpr,
-    PAIRS: tl.constexpr,
+    q_ptrs,  # (B, L_s, H, d)
+    k_ptrs,  # (B, L_s, H, d)
+    LENGTHS,
+    PROGRAMS,  # of a stream: G * cdiv(rows of a group, ROWS)
+    SAMPLES,  # of a group, B / G
+    TABLE_SAMPLES,  # samples that share a table, B / T
+    WIDTH,  # elements of a row
+    ROWS_PER_TOKEN,  # 1 over the width, H over the head
+    WIDTH_HEAD,  # d
+    EPS,
+    STARTED,
+    INTERLEAVED,
+    TURNEDS_,  # pairs of a head that are turned, 0 for a stream that is not
+    POSITIONS_,  # rows of the table
+    ROWS,
+    PAIRS,
 ):
-    """Grid (G * CHUNKS,): one program walks one chunk of a group's rows, q and k in turn."""
+    """Grid (sum of PROGRAMS,): a program belongs to one stream."""
+    program = tl.program_id(0)
+    for t in tl.static_range(len(qkv_ptrs)):
+        if (program >= 0) & (program < PROGRAMS[t]):
+            norm_rows(
+                program, qkv_ptrs[t], q_weight_ptrs[t], k_weight_ptrs[t], cos_ptrs[t], sin_ptrs[t], start_ptr, q_ptrs[t],
+                k_ptrs[t], LENGTHS[t], SAMPLES[t], TABLE_SAMPLES[t], WIDTH, ROWS_PER_TOKEN, WIDTH_HEAD, EPS, TURNEDS_[t],
+                POSITIONS_[t], STARTED, INTERLEAVED or TURNEDS_[t] == 0, ROWS, PAIRS,
+            )  # fmt: skip
+        program -= PROGRAMS[t]
+
+
+@triton.jit
+def norm_rows_backward(
+    program, qkv_ptr, dq_ptr, dk_ptr, dv_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, start_ptr, key_mask_ptr, dqkv_ptr,
+    q_part_ptr, k_part_ptr, LENGTH, SAMPLES, TABLE_SAMPLES, CHUNKS, BLOCKS,
+    WIDTH: tl.constexpr, ROWS_PER_TOKEN: tl.constexpr, WIDTH_HEAD: tl.constexpr, EPS: tl.constexpr, TURNED: tl.constexpr,
+    POSITIONS: tl.constexpr, STARTED: tl.constexpr, INTERLEAVED: tl.constexpr, VALUE: tl.constexpr, KEY_MASK: tl.constexpr,
+    ROWS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """One program of a stream: one chunk of a group's rows, q and k in turn."""
     D: tl.constexpr = WIDTH * ROWS_PER_TOKEN
-    rows_of_group = SAMPLES * TOKENS * ROWS_PER_TOKEN
-    g = tl.program_id(0) // CHUNKS
-    start = tl.program_id(0) % CHUNKS * BLOCKS
+    rows_of_group = SAMPLES * LENGTH * ROWS_PER_TOKEN
+    g = program // CHUNKS
+    start = program % CHUNKS * BLOCKS
     first, second = pair_columns(tl.arange(0, PAIRS), WIDTH_HEAD, TURNED, INTERLEAVED)
     there = 2 * tl.arange(0, PAIRS) < WIDTH
     cols = tl.arange(0, 2 * PAIRS)
     for part in tl.static_range(2):
+        x_ptr = qkv_ptr + part * D
+        dx_ptr = dqkv_ptr + part * D
         weight = (k_weight_ptr if part else q_weight_ptr) + g.to(tl.int64) * WIDTH
         weight_a = tl.load(weight + first, mask=there, other=0.0).to(tl.float32)[None, :]
         weight_b = tl.load(weight + second, mask=there, other=0.0).to(tl.float32)[None, :]
@@ -218,21 +221,16 @@ def qk_norm_rope_bwd_kernel(
         for block in range(start, start + BLOCKS):
             r = block * ROWS + tl.arange(0, ROWS)
             inside = r < rows_of_group
-            token = g * SAMPLES * TOKENS + r // ROWS_PER_TOKEN
-            b = token // TOKENS
-            row = token.to(tl.int64) * D + r % ROWS_PER_TOKEN * WIDTH
-            packed = row + token.to(tl.int64) * 2 * D
+            token, b, row, packed = locate(r, g * SAMPLES * LENGTH, LENGTH, ROWS_PER_TOKEN, WIDTH)
             keep = inside
-            if KEY_MASKED:
+            if KEY_MASK:
                 keep = inside & (tl.load(key_mask_ptr + token, mask=inside, other=0) != 0)
-            x_a, x_b = load_pairs(
-                qkv_ptr + part * D, packed, keep, WIDTH, WIDTH_HEAD, TURNED, INTERLEAVED, PAIRS
-            )  # [ROWS, PAIRS]
+            x_a, x_b = load_pairs(x_ptr, packed, keep, WIDTH, WIDTH_HEAD, TURNED, INTERLEAVED, PAIRS)  # [ROWS, PAIRS]
             u_a, u_b = load_pairs(dk_ptr if part else dq_ptr, row, inside, WIDTH, WIDTH_HEAD, TURNED, INTERLEAVED, PAIRS)
             n_a, n_b, rstd = rms(x_a, x_b, WIDTH, EPS)
-            if ROTATED:
+            if TURNED:
                 c, s = load_rotation(
-                    cos_ptr, sin_ptr, start_ptr, b, token % TOKENS, inside, b // TABLE_GROUP * POSITIONS,
+                    cos_ptr, sin_ptr, start_ptr, b, token % LENGTH, inside, b // TABLE_SAMPLES * POSITIONS,
                     WIDTH_HEAD, TURNED, STARTED, POSITIONS, PAIRS,
                 )  # fmt: skip
                 u_a, u_b = turn(u_a, u_b, c, -s)
@@ -243,36 +241,151 @@ def qk_norm_rope_bwd_kernel(
             mean = (tl.sum(tl.fma(g_a, n_a, g_b * n_b), 1) * (1.0 / WIDTH))[:, None]
             d_a = (g_a - n_a * mean) * rstd[:, None]
             d_b = (g_b - n_b * mean) * rstd[:, None]
-            store_pairs(dqkv_ptr + part * D, packed, inside, d_a, d_b, WIDTH, WIDTH_HEAD, TURNED, INTERLEAVED, PAIRS)
+            store_pairs(dx_ptr, packed, inside, d_a, d_b, WIDTH, WIDTH_HEAD, TURNED, INTERLEAVED, PAIRS)
             if part == 0:
                 whole = inside[:, None] & (cols < WIDTH)[None, :]
-                if VALUES:
+                if VALUE:
                     dv = tl.load(dv_ptr + row[:, None] + cols[None, :], mask=whole, other=0.0)
                 else:
                     dv = tl.zeros((ROWS, 2 * PAIRS), dqkv_ptr.dtype.element_ty)
                 tl.store(dqkv_ptr + 2 * D + packed[:, None] + cols[None, :], dv, mask=whole)
-        part_ptr = (k_part_ptr if part else q_part_ptr) + tl.program_id(0).to(tl.int64) * WIDTH
+        part_ptr = (k_part_ptr if part else q_part_ptr) + program.to(tl.int64) * WIDTH
         tl.store(part_ptr + first, tl.sum(part_a, 0), mask=there)
         tl.store(part_ptr + second, tl.sum(part_b, 0), mask=there)
 
 
-def shape_meta(qkv: Spec, over: str, eps: float, cos: Spec | None, started: bool, layout: str) -> dict:
-    _, _, _, H, d = qkv.shape
+@triton.jit
+def qk_norm_rope_bwd_body(
+    qkv_ptrs,  # (B, L_s, 3, H, d) per stream
+    dq_ptrs,  # (B, L_s, H, d)
+    dk_ptrs,  # (B, L_s, H, d)
+    dv_ptrs,  # (B, L_s, H, d)
+    q_weight_ptrs,  # (G, WIDTH)
+    k_weight_ptrs,  # (G, WIDTH)
+    cos_ptrs,  # (T, POSITIONS, TURNED) float32
+    sin_ptrs,  # (T, POSITIONS, TURNED) float32
+    start_ptr,  # (B,) int32
+    key_mask_ptrs,  # (B, L_s) bool: a masked token reads as 0 and adds nothing to the gradients, whatever it holds
+    dqkv_ptrs,  # (B, L_s, 3, H, d)
+    q_part_ptrs,  # (G, CHUNKS, WIDTH) float32: sum of u * n over the chunk's rows
+    k_part_ptrs,  # (G, CHUNKS, WIDTH) float32
+    LENGTHS,
+    PROGRAMS,  # of a stream: G * CHUNKS
+    SAMPLES,
+    TABLE_SAMPLES,
+    CHUNKS,
+    BLOCKS,  # blocks of ROWS rows in a chunk
+    WIDTH,
+    ROWS_PER_TOKEN,
+    WIDTH_HEAD,
+    EPS,
+    STARTED,
+    INTERLEAVED,
+    TURNEDS_,
+    POSITIONS_,
+    VALUES_,  # whether dv is given; else v's part of the gradient is 0
+    KEY_MASKS_,
+    ROWS,
+    PAIRS,
+):
+    """Grid (sum of PROGRAMS,): a program belongs to one stream."""
+    program = tl.program_id(0)
+    for t in tl.static_range(len(qkv_ptrs)):
+        if (program >= 0) & (program < PROGRAMS[t]):
+            norm_rows_backward(
+                program, qkv_ptrs[t], dq_ptrs[t], dk_ptrs[t], dv_ptrs[t], q_weight_ptrs[t], k_weight_ptrs[t], cos_ptrs[t],
+                sin_ptrs[t], start_ptr, key_mask_ptrs[t], dqkv_ptrs[t], q_part_ptrs[t], k_part_ptrs[t],
+                LENGTHS[t], SAMPLES[t], TABLE_SAMPLES[t], CHUNKS[t], BLOCKS[t], WIDTH, ROWS_PER_TOKEN, WIDTH_HEAD, EPS,
+                TURNEDS_[t], POSITIONS_[t], STARTED, INTERLEAVED or TURNEDS_[t] == 0, VALUES_[t], KEY_MASKS_[t], ROWS, PAIRS,
+            )  # fmt: skip
+        program -= PROGRAMS[t]
+
+
+@triton.jit
+def qk_norm_rope_bwd_weights_body(
+    q_part_ptrs,  # (G, CHUNKS, WIDTH) float32 per stream
+    k_part_ptrs,  # (G, CHUNKS, WIDTH) float32
+    dq_weight_ptrs,  # (G, WIDTH)
+    dk_weight_ptrs,  # (G, WIDTH)
+    PROGRAMS,  # of a stream: 2 * G * cdiv(WIDTH, COLS)
+    CHUNKS,
+    WIDTH,
+    ROWS,
+    COLS,
+):
+    """Grid (sum of PROGRAMS,): even programs serve q, odd ones k."""
+    column_blocks: tl.constexpr = (WIDTH + COLS - 1) // COLS
+    program = tl.program_id(0)
+    for t in tl.static_range(len(q_part_ptrs)):
+        if (program >= 0) & (program < PROGRAMS[t]):
+            i = program // 2
+            cols = i % column_blocks * COLS + tl.arange(0, COLS)
+            g = (i // column_blocks).to(tl.int64)
+            if program % 2 == 0:
+                sum_chunks(q_part_ptrs[t], dq_weight_ptrs[t], g, cols, CHUNKS[t], WIDTH, ROWS, COLS)
+            else:
+                sum_chunks(k_part_ptrs[t], dk_weight_ptrs[t], g, cols, CHUNKS[t], WIDTH, ROWS, COLS)
+        program -= PROGRAMS[t]
+
+
+class Stream(NamedTuple):
+    """What a launch depends on of one stream."""
+
+    qkv: Spec
+    groups: int  # of samples that share weights
+    tables: int
+    positions: int  # rows of a table
+    turned: int  # pairs of a head that are turned, 0 without rotation
+
+    @property
+    def samples(self) -> tuple[int, int]:
+        """Samples that share weights, and samples that share a table."""
+        B = self.qkv.shape[0]
+        return B // self.groups, B // self.tables
+
+    def rows(self, width: int) -> int:
+        """Rows of a group."""
+        _, L, _, H, d = self.qkv.shape
+        return self.samples[0] * L * (H * d // width)
+
+
+def streams_of(a) -> tuple[Stream, ...]:
+    found = []
+    for qkv, weight, cos in zip(a.qkv, a.q_weight, a.cos, strict=True):
+        table = (1, 1, 0) if cos is None else (max(1, groups(cos, 2)), cos.shape[-2], cos.shape[-1])
+        found.append(Stream(spec(qkv), groups(weight, 1), *table))
+    return tuple(found)
+
+
+def stream_inputs(a) -> tuple:
+    """Weights, tables and positions; an absent one is replaced by an array that the kernel does not read."""
+    present = lambda xs: tuple(w if x is None else x for x, w in zip(xs, a.q_weight, strict=True))
+    return (*a.q_weight, *a.k_weight, *present(a.cos), *present(a.sin), a.q_weight[0] if a.start_pos is None else a.start_pos)
+
+
+def constants(streams: tuple[Stream, ...], over: str, eps: float, started: bool, layout: str) -> dict:
+    _, _, _, H, d = streams[0].qkv.shape
     width = H * d if over == "width" else d
     pairs = next_power_of_2(width // 2)
+    per_stream = {name_of("TURNEDS_", i): s.turned for i, s in enumerate(streams)}
+    per_stream |= {name_of("POSITIONS_", i): s.positions for i, s in enumerate(streams)}
     return dict(
         WIDTH=width,
         ROWS_PER_TOKEN=H * d // width,
         WIDTH_HEAD=d,
-        TURNED=d // 2 if cos is None else cos.shape[-1],
         EPS=eps,
-        ROTATED=cos is not None,
-        STARTED=started and cos is not None,
-        INTERLEAVED=layout == "interleaved" or cos is None,
-        POSITIONS=1 if cos is None else cos.shape[-2],
+        STARTED=started,
+        INTERLEAVED=layout == "interleaved",
+        **per_stream,
         ROWS=max(1, 1024 // pairs),  # with both halves about 2048 elements, 16 a thread
         PAIRS=pairs,
     )
+
+
+def sizes(streams: tuple[Stream, ...], programs: tuple[int, ...], **more: tuple[int, ...]) -> dict[str, int]:
+    samples, table_samples = zip(*(s.samples for s in streams), strict=True)
+    lengths = tuple(s.qkv.shape[1] for s in streams)
+    return integers(LENGTHS=lengths, PROGRAMS=programs, SAMPLES=samples, TABLE_SAMPLES=table_samples, **more)
 
 
 def warps(meta: dict) -> int:
@@ -280,15 +393,15 @@ def warps(meta: dict) -> int:
 
 
 @cache
-def fwd_plan(qkv: Spec, weight: Spec, over: str, eps: float, cos: Spec | None, started: bool, layout: str) -> Plan:
-    B, L, _, H, d = qkv.shape
-    G, T = groups(weight, 1), 1 if cos is None else max(1, groups(cos, 2))
-    meta = shape_meta(qkv, over, eps, cos, started, layout)
+def fwd_plan(streams: tuple[Stream, ...], over: str, eps: float, started: bool, layout: str) -> Plan:
+    meta = constants(streams, over, eps, started, layout)
+    programs = tuple(s.groups * cdiv(s.rows(meta["WIDTH"]), meta["ROWS"]) for s in streams)
+    outs = tuple(Spec((B, L, H, d), dtype) for (B, L, _, H, d), dtype in (s.qkv for s in streams))
     return Plan(
-        qk_norm_rope_fwd_kernel,
-        grid=(G * cdiv(B // G * L * meta["ROWS_PER_TOKEN"], meta["ROWS"]),),
-        outs=(Spec((B, L, H, d), qkv.dtype),) * 2,
-        ints=dict(TOKENS=L, SAMPLES=B // G, TABLE_GROUP=B // T),
+        over_streams(qk_norm_rope_fwd_body, len(streams)),
+        grid=(sum(programs),),
+        outs=outs + outs,
+        ints=sizes(streams, programs),
         meta=meta,
         warps=warps(meta),
     )
@@ -297,67 +410,67 @@ def fwd_plan(qkv: Spec, weight: Spec, over: str, eps: float, cos: Spec | None, s
 @cache
 def bwd_plan(
     target: Target,
-    qkv: Spec,
-    weight: Spec,
+    streams: tuple[Stream, ...],
     over: str,
     eps: float,
-    cos: Spec | None,
     started: bool,
     layout: str,
-    values: bool,
-    key_masked: bool,
+    values: tuple[bool, ...],
+    key_masks: tuple[bool, ...],
 ) -> Plan:
-    B, L, _, _, _ = qkv.shape
-    G, T = groups(weight, 1), 1 if cos is None else max(1, groups(cos, 2))
-    meta = shape_meta(qkv, over, eps, cos, started, layout)
-    blocks = cdiv(B // G * L * meta["ROWS_PER_TOKEN"], meta["ROWS"])
+    meta = constants(streams, over, eps, started, layout)
+    meta |= {name_of("VALUES_", i): x for i, x in enumerate(values)}
+    meta |= {name_of("KEY_MASKS_", i): x for i, x in enumerate(key_masks)}
+    blocks = [cdiv(s.rows(meta["WIDTH"]), meta["ROWS"]) for s in streams]
     # As many programs as the GPU holds at once, so that few partial sums are left to add.
-    per_chunk = cdiv(blocks, max(1, min(blocks, 8 * target.sms // G)))
-    chunks = cdiv(blocks, max(1, per_chunk))
-    part = Spec((G, chunks, meta["WIDTH"]), "float32")
+    per_chunk = max(1, cdiv(sum(s.groups * b for s, b in zip(streams, blocks, strict=True)), 8 * target.sms))
+    chunks = tuple(cdiv(b, per_chunk) for b in blocks)
+    parts = tuple(Spec((s.groups, c, meta["WIDTH"]), "float32") for s, c in zip(streams, chunks, strict=True))
+    programs = tuple(s.groups * c for s, c in zip(streams, chunks, strict=True))
     return Plan(
-        qk_norm_rope_bwd_kernel,
-        grid=(G * chunks,),
-        outs=(qkv, part, part),
-        ints=dict(TOKENS=L, SAMPLES=B // G, TABLE_GROUP=B // T, CHUNKS=chunks, BLOCKS=per_chunk),
-        meta=meta | dict(VALUES=values, KEY_MASKED=key_masked),
+        over_streams(qk_norm_rope_bwd_body, len(streams)),
+        grid=(sum(programs),),
+        outs=(*(s.qkv for s in streams), *parts, *parts),
+        ints=sizes(streams, programs, CHUNKS=chunks, BLOCKS=(per_chunk,) * len(streams)),
+        meta=meta,
         warps=warps(meta),
     )
 
 
-def stream_inputs(a, i: int):
-    """Stream i's weights, table and positions; an absent one is replaced by an array that the kernel does not read."""
-    qkv, cos, sin = a.qkv[i], a.cos[i], a.sin[i]
-    start = a.start_pos if a.start_pos is not None and cos is not None else None
-    absent = a.q_weight[i]
-    inputs = (a.q_weight[i], a.k_weight[i], absent if cos is None else cos, absent if sin is None else sin)
-    key = (None if cos is None else spec(cos), start is not None)
-    return qkv, (*inputs, absent if start is None else start), key
+@cache
+def weights_plan(parts: tuple[Spec, ...], outs: tuple[Spec, ...]) -> Plan:
+    """outs: gradients of q_weight of every stream, then of k_weight."""
+    _, _, width = parts[0].shape
+    cols = min(32, next_power_of_2(width))
+    programs = tuple(2 * part.shape[0] * cdiv(width, cols) for part in parts)
+    return Plan(
+        over_streams(qk_norm_rope_bwd_weights_body, len(parts)),
+        grid=(sum(programs),),
+        outs=outs,
+        ints=integers(PROGRAMS=programs, CHUNKS=tuple(part.shape[1] for part in parts)),
+        meta=dict(WIDTH=width, ROWS=256, COLS=cols),  # few programs add a thousand rows: many at once
+        warps=4,
+    )
 
 
 def norm_forward(run, a, *, over: str, eps: float, layout: str):
-    """(q, k) of every stream."""
-    pairs = []
-    for i in range(len(a.qkv)):
-        qkv, inputs, (cos, started) = stream_inputs(a, i)
-        pairs.append(run(fwd_plan(spec(qkv), spec(inputs[0]), over, eps, cos, started, layout), qkv, *inputs))
-    return tuple(zip(*pairs, strict=True))
+    """q of every stream, and k of every stream."""
+    plan = fwd_plan(streams_of(a), over, eps, a.start_pos is not None, layout)
+    outs = run(plan, *a.qkv, *stream_inputs(a))
+    return tuple(outs[: len(a.qkv)]), tuple(outs[len(a.qkv) :])
 
 
 def norm_backward(run, a, dq, dk, dv, key_masks, *, over: str, eps: float, layout: str) -> dict:
     """Gradients of qkv, q_weight and k_weight of every stream; dv[i] None where v has no gradient of its own."""
-    dqkv, dq_weight, dk_weight = [], [], []
-    for i in range(len(a.qkv)):
-        qkv, inputs, (cos, started) = stream_inputs(a, i)
-        values, key_mask = dv[i] is not None, key_masks[i]
-        plan = bwd_plan(run.target, spec(qkv), spec(inputs[0]), over, eps, cos, started, layout, values, key_mask is not None)
-        arrays = (qkv, dq[i], dk[i], dv[i] if values else dq[i], *inputs, dq[i] if key_mask is None else key_mask)
-        d, q_part, k_part = run(plan, *arrays)
-        dqw, dkw = run(sum_pair_plan(spec(q_part), spec(inputs[0]), spec(inputs[1])), q_part, k_part)
-        dqkv.append(d)
-        dq_weight.append(dqw)
-        dk_weight.append(dkw)
-    return dict(qkv=tuple(dqkv), q_weight=tuple(dq_weight), k_weight=tuple(dk_weight))
+    n = len(a.qkv)
+    values, masked = tuple(x is not None for x in dv), tuple(m is not None for m in key_masks)
+    plan = bwd_plan(run.target, streams_of(a), over, eps, a.start_pos is not None, layout, values, masked)
+    instead = lambda xs: tuple(d if x is None else x for x, d in zip(xs, dq, strict=True))
+    outs = run(plan, *a.qkv, *dq, *dk, *instead(dv), *stream_inputs(a), *instead(key_masks))
+    dqkv, parts = outs[:n], outs[n:]
+    plan = weights_plan(tuple(map(spec, parts[:n])), tuple(map(spec, (*a.q_weight, *a.k_weight))))
+    weights = run(plan, *parts)
+    return dict(qkv=tuple(dqkv), q_weight=tuple(weights[:n]), k_weight=tuple(weights[n:]))
 
 
 def infer(a, **_):

@@ -96,7 +96,7 @@ def fwd_plan(x: Spec, row: tuple) -> Plan:
 def bwd_plan(target: Target, x: Spec, row: tuple) -> Plan:
     B, L, D = x.shape
     c = config("gated_residual_bwd", None, x, target)
-    chunks, blocks = split(target, B, cdiv(L, c.rows), c.per_sm)
+    chunks, blocks = split(target, B, cdiv(L, c.rows), c)
     return Plan(
         gated_residual_bwd_kernel,
         grid=(B * chunks,),

@@ -42,37 +42,67 @@ def row_sums(a, b):
 
 
 @triton.jit
+def halves(x):
+    """Even and odd columns of a tile [ROWS, COLS]: neighbours are in one thread, so nothing moves."""
+    return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+
+
+@triton.jit
+def products(a, b):
+    """a * b of two tiles [ROWS, COLS], every four neighbours already added up: [ROWS, COLS / 4].
+
+    A sum of products costs a thread one instruction an element this way and two by tl.sum(a * b), since nothing is fused
+    that is not written as fused.
+    """
+    a_even, a_odd = halves(a)
+    b_even, b_odd = halves(b)
+    a0, a2 = halves(a_even)
+    a1, a3 = halves(a_odd)
+    b0, b2 = halves(b_even)
+    b1, b3 = halves(b_odd)
+    return tl.fma(a0, b0, tl.fma(a1, b1, tl.fma(a2, b2, a3 * b3)))
+
+
+@triton.jit
 def reciprocal_root(mean_square, EPS: tl.constexpr):
     """rstd; finite where a row outside of the tile is 0 and so is EPS."""
     return tl.rsqrt(tl.maximum(mean_square + EPS, 1e-37))
 
 
 @triton.jit
+def centered(x, mean, inside, WIDTH: tl.constexpr):
+    """x - mean of the rows of a tile that is 0 outside, as is the result: rows outside have mean 0, columns need a mask."""
+    x -= mean[:, None]
+    if x.shape[1] != WIDTH:
+        x = tl.where(inside, x, 0.0)
+    return x
+
+
+@triton.jit
 def normalize(x, inside, WIDTH: tl.constexpr, EPS: tl.constexpr, CENTER: tl.constexpr):
     """norm(x) of the rows of a float32 tile [ROWS, COLS] that is 0 outside, and rstd [ROWS]."""
     if CENTER:
-        mean = tl.sum(x, 1) * (1.0 / WIDTH)
-        x = tl.where(inside, x - mean[:, None], 0.0)
-    rstd = reciprocal_root(tl.sum(x * x, 1) * (1.0 / WIDTH), EPS)
+        x = centered(x, tl.sum(x, 1) * (1.0 / WIDTH), inside, WIDTH)
+    rstd = reciprocal_root(tl.sum(products(x, x), 1) * (1.0 / WIDTH), EPS)
     return x * rstd[:, None], rstd
 
 
 @triton.jit
-def norm_backward(x, g, inside, WIDTH: tl.constexpr, EPS: tl.constexpr, CENTER: tl.constexpr):
-    """n = norm(x) and dx for the gradient g of n: dx = rstd * (g - [center] mean(g) - n * mean(g * n)).
+def norm_backward(x, g, more, inside, WIDTH: tl.constexpr, EPS: tl.constexpr, CENTER: tl.constexpr):
+    """n = norm(x) and more + dx for the gradient g of n: dx = rstd * (g - [center] mean(g) - n * mean(g * n)).
 
     mean(g * n) is rstd * mean(g * x), so the sums need not wait for rstd. Both tiles are 0 outside.
     """
     if CENTER:
         sum_x, sum_g = row_sums(x, g)
-        x = tl.where(inside, x - (sum_x * (1.0 / WIDTH))[:, None], 0.0)
-    squares, products = row_sums(x * x, g * x)
+        x = centered(x, sum_x * (1.0 / WIDTH), inside, WIDTH)
+    squares, gx = row_sums(products(x, x), products(g, x))
     rstd = reciprocal_root(squares * (1.0 / WIDTH), EPS)
     n = x * rstd[:, None]
-    dx = tl.fma(-n, tl.broadcast_to((products * rstd * (1.0 / WIDTH))[:, None], g.shape), g)
+    dx = tl.fma(-n, tl.broadcast_to((gx * rstd * (1.0 / WIDTH))[:, None], g.shape), g)
     if CENTER:
-        dx -= (sum_g * (1.0 / WIDTH))[:, None]
-    return n, dx * rstd[:, None]
+        more -= (sum_g * (1.0 / WIDTH) * rstd)[:, None]
+    return n, affine(dx, rstd[:, None], more)
 
 
 @triton.jit
@@ -105,28 +135,6 @@ def sum_chunks_kernel(
     column_blocks: tl.constexpr = (WIDTH + COLS - 1) // COLS
     cols = tl.program_id(0) % column_blocks * COLS + tl.arange(0, COLS)
     sum_chunks(part_ptr, out_ptr, (tl.program_id(0) // column_blocks).to(tl.int64), cols, CHUNKS, WIDTH, ROWS, COLS)
-
-
-@triton.jit(do_not_specialize=["CHUNKS"])
-def sum_pair_kernel(
-    a_ptr,  # (N, CHUNKS, D) float32
-    b_ptr,  # (N, CHUNKS, D) float32
-    a_out_ptr,  # (N, D)
-    b_out_ptr,  # (N, D)
-    CHUNKS,
-    WIDTH: tl.constexpr,  # D
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    """Grid (2 * N * cdiv(D, COLS),): even programs serve a, odd ones b."""
-    column_blocks: tl.constexpr = (WIDTH + COLS - 1) // COLS
-    i = tl.program_id(0) // 2
-    cols = i % column_blocks * COLS + tl.arange(0, COLS)
-    n = (i // column_blocks).to(tl.int64)
-    if tl.program_id(0) % 2 == 0:
-        sum_chunks(a_ptr, a_out_ptr, n, cols, CHUNKS, WIDTH, ROWS, COLS)
-    else:
-        sum_chunks(b_ptr, b_out_ptr, n, cols, CHUNKS, WIDTH, ROWS, COLS)
 
 
 class Config(NamedTuple):
@@ -174,20 +182,26 @@ def candidates(key: tuned.Key) -> list[tuple[dict[str, int], int, int]]:
     kernel, _, variant = key.kernel.partition("-")
     if kernel not in STREAMS or not variant:
         return []
-    rows = sorted({max(1, size // key.width) for size in (1024, 2048, 4096, 8192)})
+    rows = sorted({max(1, size // key.width) for size in (512, 1024, 2048, 4096, 8192)})
     tiles = [(r, w) for r in rows for w in (1, 2, 4, 8, 16) if 8 <= r * key.width // (32 * w) <= 64]
     shares = lambda w: sorted({max(1, k // w) for k in (8, 12, 16, 32)}) + [ALL]
-    return [(dict(ROWS=r, PER_SM=n), w, stages) for r, w in tiles for stages in (1, 3, 4, 5) for n in shares(w)]
+    return [(dict(ROWS=r, PER_SM=n), w, stages) for r, w in tiles for stages in (1, 2, 3, 4, 5) for n in shares(w)]
 
 
 def tile(width: int, config: Config) -> dict[str, int]:
     return dict(ROWS=config.rows, COLS=next_power_of_2(width))
 
 
-def split(target: Target, samples: int, blocks: int, per_sm: int) -> tuple[int, int]:
-    """Chunks per sample and blocks per chunk: `per_sm` programs for every SM, and no more partial sums than that."""
+def split(target: Target, samples: int, blocks: int, c: Config, sums: bool = False) -> tuple[int, int]:
+    """Chunks per sample and blocks per chunk: about `per_sm` programs for every SM, and no more partial sums than that.
+
+    Where a kernel sums over tokens, short samples that fill the GPU by themselves stay whole if a program has the warps for
+    it: nothing is left to add up then.
+    """
     blocks = max(1, blocks)  # sums over no token are written too: zeros
-    per_chunk = cdiv(blocks, min(blocks, cdiv(per_sm * target.sms, max(1, samples))))
+    whole = sums and c.warps >= 4 and blocks <= 16 and 4 * samples >= 3 * target.sms
+    chunks = 1 if whole else max(1, min(blocks, c.per_sm * target.sms // max(1, samples)))
+    per_chunk = cdiv(blocks, chunks)
     return cdiv(blocks, per_chunk), per_chunk
 
 
@@ -210,20 +224,6 @@ def sum_chunks_plan(part: Spec, out: Spec) -> Plan:
         sum_chunks_kernel,
         grid=(N * cdiv(D, t["COLS"]),),
         outs=(out,),
-        ints=dict(CHUNKS=chunks),
-        meta=dict(WIDTH=D, **t),
-        warps=SUM_WARPS,
-    )
-
-
-@cache
-def sum_pair_plan(part: Spec, a: Spec, b: Spec) -> Plan:
-    N, chunks, D = part.shape
-    t = sum_tile(D)
-    return Plan(
-        sum_pair_kernel,
-        grid=(2 * N * cdiv(D, t["COLS"]),),
-        outs=(a, b),
         ints=dict(CHUNKS=chunks),
         meta=dict(WIDTH=D, **t),
         warps=SUM_WARPS,

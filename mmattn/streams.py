@@ -12,20 +12,25 @@ from functools import cache
 
 from ._triton import tl, triton
 
+INTEGERS = ("LENGTHS", "PROGRAMS", "SAMPLES", "TABLE_SAMPLES", "CHUNKS", "BLOCKS")
+"""Tuples of runtime integers, one per stream."""
+
 
 @cache
 def over_streams(body, n: int):
     """The kernel `<body>_<n>` that runs `body` over n streams.
 
     The body names its parameters in the order inputs, outputs, integers, constants: `<name>_ptrs` is a tuple of pointers,
-    `<name>_ptr` one pointer, `LENGTHS` the streams' lengths, `<NAME>S_` a tuple of constants, any other name a constant.
+    `<name>_ptr` one pointer, a name of INTEGERS a tuple of integers, `<NAME>S_` one of constants, any other name a constant.
     The kernel's parameters are those, `<name>_ptrs` becoming `<name>0_ptr`, `<name>1_ptr`, ...
     """
     function = getattr(body, "fn", body)
-    flat, passed = [], []
+    flat, passed, runtime = [], [], []
     for name in inspect.signature(function).parameters:
         each = [name_of(name, i) for i in range(n)]
-        if name.endswith("_ptrs") or name == "LENGTHS":
+        if name in INTEGERS:
+            runtime += each
+        if name.endswith("_ptrs") or name in INTEGERS:
             flat += each
         elif name.endswith("S_"):
             flat += [f"{x}: tl.constexpr" for x in each]
@@ -39,7 +44,12 @@ def over_streams(body, n: int):
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
     scope = dict(function.__globals__, tl=tl)
     exec(compile(source, filename, "exec"), scope)
-    return triton.jit(do_not_specialize=[name_of("LENGTHS", i) for i in range(n)])(scope[kernel])
+    return triton.jit(do_not_specialize=runtime)(scope[kernel])
+
+
+def integers(**tuples: tuple[int, ...]) -> dict[str, int]:
+    """A plan's runtime integers from tuples with one number per stream."""
+    return {name_of(name, i): x for name, xs in tuples.items() for i, x in enumerate(xs)}
 
 
 def name_of(parameter: str, i: int) -> str:

@@ -57,6 +57,7 @@ SPILLS = {
         linear_attention_fwd=64,
         linear_attention_state=64,
         linear_attention_bwd_state=64,
+        adaln_fwd=16,
         adaln_bwd=384,
         gated_residual_norm_adaln_bwd=704,
         gated_residual_norm_adaln_fwd=192,

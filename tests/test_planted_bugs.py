@@ -25,17 +25,29 @@ ADALN, ROWS, FUSED = "adaln/kernels.py", "rows.py", "gated_residual_norm_adaln.p
 ROPE, LINEAR = "qk_norm_rope.py", "linear_attention.py"
 FORWARD, BACKWARD, SINGLE, TOKENS = (f"attention/{name}.py" for name in ("forward", "backward", "single_pass", "tokens"))
 BUGS = [
-    Bug("unbiased variance", "layernorm_adaln-37x48", ROWS, "tl.sum(x * x, 1)", "tl.sum(x * x, 1) * (WIDTH / (WIDTH - 1))"),
+    Bug(
+        "unbiased variance",
+        "layernorm_adaln-37x48",
+        ROWS,
+        "tl.sum(products(x, x), 1)",
+        "tl.sum(products(x, x), 1) * (WIDTH / (WIDTH - 1))",
+    ),
     Bug("eps forgotten", "rmsnorm_adaln-at-zero", ROWS, "mean_square + EPS", "mean_square"),
-    Bug("mean term forgotten", "layernorm_adaln-bare", ROWS, "dx -= (", "dx -= 0.0 * ("),
+    Bug("mean term forgotten", "layernorm_adaln-bare", ROWS, "more -= (", "more -= 0.0 * ("),
     Bug("only a chunk's last block", "layernorm_adaln-scale-only-130x96", ADALN, "a = tl.fma(dy, n, a)", "a = dy * n"),
     Bug("last chunk dropped", "layer_norm-affine-130x128", ADALN, "(k < GROUP * LINES", "(k + 1 < GROUP * LINES"),
     Bug("every row's tokens", "layernorm_adaln-rows", ADALN, "LINES) == i % LINES", "LINES) >= 0"),
     Bug("one table for all", "layernorm_adaln-rows-of-samples", ADALN, "if TABLE else b) * LINES", "if TABLE else 0) * LINES"),
     Bug("base without weight", "rmsnorm_adaln-zero-centered", ADALN, "dscale_base = tl.fma(weight", "dscale_base = tl.fma(1.0"),
     Bug("dscale without bias", "layernorm_adaln-per-token-everything", ADALN, "affine(n, weight[None, :], bias[None, :])", "n"),
-    Bug("gradient of r forgotten", "gated_residual_norm_adaln-37x48", FUSED, "d += dr", "d += 0.0 * dr"),
-    Bug("post-norm's mean forgotten", "gated_residual_norm_adaln-post-norm", FUSED, "tl.sum(dh * u, 1)", "0 * tl.sum(dh * u, 1)"),
+    Bug("gradient of r forgotten", "gated_residual_norm_adaln-37x48", FUSED, "gain[None, :], dr, ", "gain[None, :], 0.0 * dr, "),
+    Bug(
+        "post-norm's mean forgotten",
+        "gated_residual_norm_adaln-post-norm",
+        FUSED,
+        "tl.sum(products(dh, u), 1)",
+        "0 * tl.sum(dh, 1)",
+    ),
     Bug("slope of tanh", "gated_residual_norm_adaln-lumina", FUSED, "dgate *= (", "dgate *= 1.0 + 0.0 * ("),
     Bug("gate forgotten", "gated_residual-37x48", "residual.py", "(gate[None, :] * dout)", "dout"),
     Bug("rotation not undone", "qk_norm_rope-seed", ROPE, "turn(u_a, u_b, c, -s)", "turn(u_a, u_b, c, s)"),

@@ -151,7 +151,7 @@ def backward_block(
     if SCALE == "token":
         gain += load_modulation(scale_ptr, token, rows, rows, cols, inside, SCALE, SCALE_STRIDE)
     g = dy * gain
-    n, dx = norm_backward(x, g * weight[None, :], inside, WIDTH, EPS, CENTER)
+    n, dx = norm_backward(x, g * weight[None, :], tl.zeros((1, 1), tl.float32), inside, WIDTH, EPS, CENTER)
     tl.store(dx_ptr + token * WIDTH + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
     if SCALE == "token":
         dscale = dy * affine(n, weight[None, :], bias[None, :])
@@ -300,8 +300,9 @@ def adaln_bwd_vectors_kernel(
 ):
     """Grid ((SERVED + groups) * cdiv(D, COLS),): one program sums COLS columns of one row of dscale and dshift, or of a group."""
     column_blocks: tl.constexpr = (WIDTH + COLS - 1) // COLS
-    i = (tl.program_id(0) // column_blocks).to(tl.int64)
-    cols = tl.program_id(0) % column_blocks * COLS + tl.arange(0, COLS)
+    program = tl.num_programs(0) - 1 - tl.program_id(0)  # the groups' sums take longest, so they begin first
+    i = (program // column_blocks).to(tl.int64)
+    cols = program % column_blocks * COLS + tl.arange(0, COLS)
     if i < SERVED:
         line_a = tl.zeros((ROWS, COLS), tl.float32)
         line_h = tl.zeros((ROWS, COLS), tl.float32)

@@ -6,7 +6,7 @@ import math
 from functools import cache
 
 from ..op import UNUSED, Plan, Spec, cdiv, next_power_of_2, row_stride, spec
-from ..streams import over_streams
+from ..streams import integers, over_streams
 from .backward import PAD, attention_delta_body, joint_attention_bwd_dkdv_body, joint_attention_bwd_dq_body
 from .forward import joint_attention_fwd_body
 from .single_pass import joint_attention_bwd_body
@@ -124,7 +124,7 @@ def plan(
         over_streams(body, len(lengths)),
         grid=(programs * sum(cdiv(L, block) for L in lengths) if block else programs,),
         outs=outs,
-        ints={f"LENGTH{i}": L for i, L in enumerate(lengths)},
+        ints=integers(LENGTHS=lengths),
         meta=dict(constants),
         warps=warps,
         stages=stages,
@@ -140,7 +140,7 @@ def delta_plan(lengths: tuple[int, ...], outs: tuple[Spec, ...], H: int, d: int,
         over_streams(attention_delta_body, len(outs)),
         grid=(outs[0].shape[0] * sum(cdiv(L * H, rows) for L in reach),),
         outs=outs,
-        ints={f"LENGTH{i}": L for i, L in enumerate(lengths)},
+        ints=integers(LENGTHS=lengths),
         meta=dict(HEADS=H, WIDTH=d, SHIFTED=shifted, EXACT=exact, ROWS=rows, COLS=cols),
         warps=4,
     )
