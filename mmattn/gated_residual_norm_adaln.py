@@ -336,7 +336,7 @@ def bwd_plan(target: Target, x: Spec, G: int, meta: tuple, vectors: tuple[Spec, 
 
 @cache
 def vectors_plan(samples: int, chunks: int, width: int, G: int, meta: tuple, outs: tuple[Spec, ...]) -> Plan:
-    t = shared_sum_tile(width, 1)
+    t = shared_sum_tile(1)
     return Plan(
         gated_residual_norm_adaln_bwd_vectors_kernel,
         grid=((samples + G * dict(meta)["POST"]) * cdiv(width, t["COLS"]),),

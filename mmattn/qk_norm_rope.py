@@ -363,7 +363,7 @@ def stream_inputs(a) -> tuple:
     return (*a.q_weight, *a.k_weight, *present(a.cos), *present(a.sin), a.q_weight[0] if a.start_pos is None else a.start_pos)
 
 
-def constants(streams: tuple[Stream, ...], over: str, eps: float, started: bool, layout: str) -> dict:
+def constants(streams: tuple[Stream, ...], over: str, eps: float, started: bool, layout: str, pairs_at_once: int) -> dict:
     _, _, _, H, d = streams[0].qkv.shape
     width = H * d if over == "width" else d
     pairs = next_power_of_2(width // 2)
@@ -377,7 +377,7 @@ def constants(streams: tuple[Stream, ...], over: str, eps: float, started: bool,
         STARTED=started,
         INTERLEAVED=layout == "interleaved",
         **per_stream,
-        ROWS=max(1, 1024 // pairs),  # with both halves about 2048 elements, 16 a thread
+        ROWS=max(1, pairs_at_once // pairs),
         PAIRS=pairs,
     )
 
@@ -388,13 +388,9 @@ def sizes(streams: tuple[Stream, ...], programs: tuple[int, ...], **more: tuple[
     return integers(LENGTHS=lengths, PROGRAMS=programs, SAMPLES=samples, TABLE_SAMPLES=table_samples, **more)
 
 
-def warps(meta: dict) -> int:
-    return max(1, min(16, meta["ROWS"] * meta["PAIRS"] // 256))
-
-
 @cache
 def fwd_plan(streams: tuple[Stream, ...], over: str, eps: float, started: bool, layout: str) -> Plan:
-    meta = constants(streams, over, eps, started, layout)
+    meta = constants(streams, over, eps, started, layout, 512)
     programs = tuple(s.groups * cdiv(s.rows(meta["WIDTH"]), meta["ROWS"]) for s in streams)
     outs = tuple(Spec((B, L, H, d), dtype) for (B, L, _, H, d), dtype in (s.qkv for s in streams))
     return Plan(
@@ -403,7 +399,7 @@ def fwd_plan(streams: tuple[Stream, ...], over: str, eps: float, started: bool, 
         outs=outs + outs,
         ints=sizes(streams, programs),
         meta=meta,
-        warps=warps(meta),
+        warps=min(16, max(1, meta["ROWS"] * meta["PAIRS"] // 256)),  # 16 elements a thread
     )
 
 
@@ -418,12 +414,12 @@ def bwd_plan(
     values: tuple[bool, ...],
     key_masks: tuple[bool, ...],
 ) -> Plan:
-    meta = constants(streams, over, eps, started, layout)
+    meta = constants(streams, over, eps, started, layout, 2048)
     meta |= {name_of("VALUES_", i): x for i, x in enumerate(values)}
     meta |= {name_of("KEY_MASKS_", i): x for i, x in enumerate(key_masks)}
     blocks = [cdiv(s.rows(meta["WIDTH"]), meta["ROWS"]) for s in streams]
     # As many programs as the GPU holds at once, so that few partial sums are left to add.
-    per_chunk = max(1, cdiv(sum(s.groups * b for s, b in zip(streams, blocks, strict=True)), 8 * target.sms))
+    per_chunk = max(1, cdiv(sum(s.groups * b for s, b in zip(streams, blocks, strict=True)), 4 * target.sms))
     chunks = tuple(cdiv(b, per_chunk) for b in blocks)
     parts = tuple(Spec((s.groups, c, meta["WIDTH"]), "float32") for s, c in zip(streams, chunks, strict=True))
     programs = tuple(s.groups * c for s, c in zip(streams, chunks, strict=True))
@@ -433,7 +429,7 @@ def bwd_plan(
         outs=(*(s.qkv for s in streams), *parts, *parts),
         ints=sizes(streams, programs, CHUNKS=chunks, BLOCKS=(per_chunk,) * len(streams)),
         meta=meta,
-        warps=warps(meta),
+        warps=min(16, max(1, meta["ROWS"] * meta["PAIRS"] // 512)),  # 32 elements a thread
     )
 
 
@@ -441,15 +437,15 @@ def bwd_plan(
 def weights_plan(parts: tuple[Spec, ...], outs: tuple[Spec, ...]) -> Plan:
     """outs: gradients of q_weight of every stream, then of k_weight."""
     _, _, width = parts[0].shape
-    cols = min(32, next_power_of_2(width))
+    cols = 8  # many programs of many rows: a thousand are to be added
     programs = tuple(2 * part.shape[0] * cdiv(width, cols) for part in parts)
     return Plan(
         over_streams(qk_norm_rope_bwd_weights_body, len(parts)),
         grid=(sum(programs),),
         outs=outs,
         ints=integers(PROGRAMS=programs, CHUNKS=tuple(part.shape[1] for part in parts)),
-        meta=dict(WIDTH=width, ROWS=256, COLS=cols),  # few programs add a thousand rows: many at once
-        warps=4,
+        meta=dict(WIDTH=width, ROWS=256, COLS=cols),
+        warps=8,
     )
 
 

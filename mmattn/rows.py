@@ -156,7 +156,8 @@ STREAMS = dict(  # arrays of tokens that a kernel reads, of which staged loads k
     gated_residual_norm_adaln_bwd=4,
 )
 UNSTAGED_BYTES = 32 * 1024  # of shared memory, left to exchanges between warps
-SUM_ROWS, SUM_COLS, SUM_WARPS = 16, 32, 4  # of the kernels that add chunks up
+SUM_TILE = dict(ROWS=16, COLS=8)  # of the kernels that add chunks up: few columns a program, since there are few to share out
+SUM_WARPS = 4
 
 
 def config(kernel: str, variant: str | None, x: Spec, target: Target) -> Config:
@@ -205,27 +206,21 @@ def split(target: Target, samples: int, blocks: int, c: Config, sums: bool = Fal
     return cdiv(blocks, per_chunk), per_chunk
 
 
-def sum_tile(width: int) -> dict[str, int]:
-    """Few columns a program, since a sum over chunks has few columns to share out."""
-    return dict(ROWS=SUM_ROWS, COLS=min(SUM_COLS, next_power_of_2(width)))
-
-
-def shared_sum_tile(width: int, sums: int) -> dict[str, int]:
+def shared_sum_tile(sums: int) -> dict[str, int]:
     """The same, and how many partial sums at once are added up to the gradient of a vector that all samples share: many, as a
     thousand short samples are a thousand partial sums, and few programs add them."""
-    return dict(**sum_tile(width), SHARED_ROWS=256 if sums == 1 else 64)
+    return dict(**SUM_TILE, SHARED_ROWS=256 if sums == 1 else 64)
 
 
 @cache
 def sum_chunks_plan(part: Spec, out: Spec) -> Plan:
     N, chunks, D = part.shape
-    t = sum_tile(D)
     return Plan(
         sum_chunks_kernel,
-        grid=(N * cdiv(D, t["COLS"]),),
+        grid=(N * cdiv(D, SUM_TILE["COLS"]),),
         outs=(out,),
         ints=dict(CHUNKS=chunks),
-        meta=dict(WIDTH=D, **t),
+        meta=dict(WIDTH=D, ROWS=64, COLS=SUM_TILE["COLS"]),
         warps=SUM_WARPS,
     )
 

@@ -449,6 +449,23 @@ def test_torch_autocast():
 
 
 @needs_torch
+@pytest.mark.parametrize("shape", [(3, 700), (2100,), (0, 5)], ids=str)
+def test_torch_linear(shape):
+    """The layer's own gradients: each as near to float64's as torch's are."""
+    device = FRONTS["torch"].device
+    arrays = [torch.randn(*n, device=device, dtype=torch.bfloat16, requires_grad=True) for n in ((*shape, 16), (24, 16), (24,))]
+    dy = torch.randn(*shape, 24, device=device, dtype=torch.bfloat16)
+    exact = [a.detach().double().requires_grad_() for a in arrays]
+    want = torch.autograd.grad(torch.nn.functional.linear(*exact), exact, dy.double())
+    theirs = torch.autograd.grad(torch.nn.functional.linear(*arrays), arrays, dy)
+    y = mmattn_torch.nn._LinearFunction.apply(*arrays)
+    assert torch.equal(y, torch.nn.functional.linear(*arrays))
+    for ours, torchs, right in zip(torch.autograd.grad(y, arrays, dy), theirs, want, strict=True):
+        assert ours.shape == right.shape and ours.dtype == torch.bfloat16
+        assert (ours - right).norm() <= 1.1 * (torchs - right).norm()
+
+
+@needs_torch
 def test_torch_compile():
     """One forward and one backward graph for every length."""
     from torch._dynamo.testing import CompileCounterWithBackend

@@ -116,7 +116,7 @@ def bwd_plan(
 
 @cache
 def vectors_plan(width: int, served: int, shared: bool, chunks: int, samples: int, G: int, lines: int, meta: tuple, outs: tuple):
-    t = shared_sum_tile(width, sum(dict(meta)[name] for name in ("SUM_A", "SUM_H", "SUM_WA", "SUM_WH")))
+    t = shared_sum_tile(sum(dict(meta)[name] for name in ("SUM_A", "SUM_H", "SUM_WA", "SUM_WH")))
     return Plan(
         adaln_bwd_vectors_kernel,
         grid=((served + G * shared) * cdiv(width, t["COLS"]),),
