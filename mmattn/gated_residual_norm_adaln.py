@@ -34,9 +34,9 @@ from .rows import (
     products,
     reciprocal_root,
     row_meta,
-    shared_sum_tile,
     split,
     store_sums,
+    sum_tile,
     tile,
 )
 
@@ -336,7 +336,7 @@ def bwd_plan(target: Target, x: Spec, G: int, meta: tuple, vectors: tuple[Spec, 
 
 @cache
 def vectors_plan(samples: int, chunks: int, width: int, G: int, meta: tuple, outs: tuple[Spec, ...]) -> Plan:
-    t = shared_sum_tile(1)
+    t = sum_tile(dict(meta)["POST"], 1)
     return Plan(
         gated_residual_norm_adaln_bwd_vectors_kernel,
         grid=((samples + G * dict(meta)["POST"]) * cdiv(width, t["COLS"]),),

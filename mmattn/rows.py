@@ -156,8 +156,7 @@ STREAMS = dict(  # arrays of tokens that a kernel reads, of which staged loads k
     gated_residual_norm_adaln_bwd=4,
 )
 UNSTAGED_BYTES = 32 * 1024  # of shared memory, left to exchanges between warps
-SUM_TILE = dict(ROWS=16, COLS=8)  # of the kernels that add chunks up: few columns a program, since there are few to share out
-SUM_WARPS = 4
+SUM_WARPS = 4  # of the kernels that add chunks up
 
 
 def config(kernel: str, variant: str | None, x: Spec, target: Target) -> Config:
@@ -206,21 +205,22 @@ def split(target: Target, samples: int, blocks: int, c: Config, sums: bool = Fal
     return cdiv(blocks, per_chunk), per_chunk
 
 
-def shared_sum_tile(sums: int) -> dict[str, int]:
-    """The same, and how many partial sums at once are added up to the gradient of a vector that all samples share: many, as a
-    thousand short samples are a thousand partial sums, and few programs add them."""
-    return dict(**SUM_TILE, SHARED_ROWS=256 if sums == 1 else 64)
+def sum_tile(shared: bool, sums: int) -> dict[str, int]:
+    """Tile of a kernel that adds the chunks of each sample up, and, where samples share a vector, of all samples: many at once,
+    in few columns, as a thousand short samples are a thousand partial sums, and only columns are left to share out."""
+    return dict(ROWS=16, COLS=8 if shared else 32, SHARED_ROWS=256 if sums == 1 else 64)
 
 
 @cache
 def sum_chunks_plan(part: Spec, out: Spec) -> Plan:
     N, chunks, D = part.shape
+    cols = min(32, next_power_of_2(D))
     return Plan(
         sum_chunks_kernel,
-        grid=(N * cdiv(D, SUM_TILE["COLS"]),),
+        grid=(N * cdiv(D, cols),),
         outs=(out,),
         ints=dict(CHUNKS=chunks),
-        meta=dict(WIDTH=D, ROWS=64, COLS=SUM_TILE["COLS"]),
+        meta=dict(WIDTH=D, ROWS=16, COLS=cols),
         warps=SUM_WARPS,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 from ..op import UNUSED, Op, Plan, Spec, Target, cast, cdiv, groups, like, spec, ungrouped, wide
-from ..rows import SUM_WARPS, config, gradient_spec, per_sample, row_meta, shared_sum_tile, split, tile
+from ..rows import SUM_WARPS, config, gradient_spec, per_sample, row_meta, split, sum_tile, tile
 from .kernels import adaln_bwd_kernel, adaln_bwd_vectors_kernel, adaln_fwd_kernel
 
 GATHERED = ("sample", "index")  # kinds of modulation whose gradients are sums over tokens
@@ -69,9 +69,9 @@ class Form:
 
 
 def variant(meta: tuple, center: bool) -> str | None:
-    """What a config was measured for."""
-    own = {"token", "index"} & {kind for _, kind in meta if isinstance(kind, str)}
-    return None if own else "layer" if center else "rms"
+    """What a config was measured for: "layer" with modulation per sample, "rms" with a weight alone."""
+    kinds = {kind for _, kind in meta if isinstance(kind, str)}
+    return None if {"token", "index"} & kinds else "layer" if center or "sample" in kinds else "rms"
 
 
 @cache
@@ -116,7 +116,7 @@ def bwd_plan(
 
 @cache
 def vectors_plan(width: int, served: int, shared: bool, chunks: int, samples: int, G: int, lines: int, meta: tuple, outs: tuple):
-    t = shared_sum_tile(sum(dict(meta)[name] for name in ("SUM_A", "SUM_H", "SUM_WA", "SUM_WH")))
+    t = sum_tile(shared, sum(dict(meta)[name] for name in ("SUM_A", "SUM_H", "SUM_WA", "SUM_WH")))
     return Plan(
         adaln_bwd_vectors_kernel,
         grid=((served + G * shared) * cdiv(width, t["COLS"]),),
