@@ -129,7 +129,8 @@ def locate(r, first_token, LENGTH, ROWS_PER_TOKEN: tl.constexpr, WIDTH: tl.const
 def norm_rows(
     program, qkv_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, start_ptr, q_ptr, k_ptr, LENGTH, SAMPLES, TABLE_SAMPLES,
     WIDTH: tl.constexpr, ROWS_PER_TOKEN: tl.constexpr, WIDTH_HEAD: tl.constexpr, EPS: tl.constexpr, TURNED: tl.constexpr,
-    POSITIONS: tl.constexpr, STARTED: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
+    POSITIONS: tl.constexpr, STARTED: tl.constexpr, INTERLEAVED: tl.constexpr, Q_SCALE: tl.constexpr,
+    ROWS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """One program of a stream: ROWS rows of q and the same rows of k."""
     rows_of_group = SAMPLES * LENGTH * ROWS_PER_TOKEN
@@ -154,6 +155,9 @@ def norm_rows(
         b_ *= tl.load(weight + second, mask=there, other=0.0).to(tl.float32)[None, :]
         if TURNED:
             a, b_ = turn(a, b_, c, s)
+        if part == 0 and Q_SCALE != 1.0:
+            a *= Q_SCALE
+            b_ *= Q_SCALE
         store_pairs(k_ptr if part else q_ptr, row, inside, a, b_, WIDTH, WIDTH_HEAD, TURNED, INTERLEAVED, PAIRS)
 
 
@@ -179,6 +183,7 @@ def qk_norm_rope_fwd_body(
     INTERLEAVED,
     TURNEDS_,  # pairs of a head that are turned, 0 for a stream that is not
     POSITIONS_,  # rows of the table
+    Q_SCALE,  # q is multiplied by it before it is rounded
     ROWS,
     PAIRS,
 ):
@@ -189,7 +194,7 @@ def qk_norm_rope_fwd_body(
             norm_rows(
                 program, qkv_ptrs[t], q_weight_ptrs[t], k_weight_ptrs[t], cos_ptrs[t], sin_ptrs[t], start_ptr, q_ptrs[t],
                 k_ptrs[t], LENGTHS[t], SAMPLES[t], TABLE_SAMPLES[t], WIDTH, ROWS_PER_TOKEN, WIDTH_HEAD, EPS, TURNEDS_[t],
-                POSITIONS_[t], STARTED, INTERLEAVED or TURNEDS_[t] == 0, ROWS, PAIRS,
+                POSITIONS_[t], STARTED, INTERLEAVED or TURNEDS_[t] == 0, Q_SCALE, ROWS, PAIRS,
             )  # fmt: skip
         program -= PROGRAMS[t]
 
@@ -389,8 +394,8 @@ def sizes(streams: tuple[Stream, ...], programs: tuple[int, ...], **more: tuple[
 
 
 @cache
-def fwd_plan(streams: tuple[Stream, ...], over: str, eps: float, started: bool, layout: str) -> Plan:
-    meta = constants(streams, over, eps, started, layout, 512)
+def fwd_plan(streams: tuple[Stream, ...], over: str, eps: float, started: bool, layout: str, q_scale: float) -> Plan:
+    meta = constants(streams, over, eps, started, layout, 512) | dict(Q_SCALE=q_scale)
     programs = tuple(s.groups * cdiv(s.rows(meta["WIDTH"]), meta["ROWS"]) for s in streams)
     outs = tuple(Spec((B, L, H, d), dtype) for (B, L, _, H, d), dtype in (s.qkv for s in streams))
     return Plan(
@@ -449,9 +454,9 @@ def weights_plan(parts: tuple[Spec, ...], outs: tuple[Spec, ...]) -> Plan:
     )
 
 
-def norm_forward(run, a, *, over: str, eps: float, layout: str):
+def norm_forward(run, a, *, over: str, eps: float, layout: str, q_scale: float = 1.0):
     """q of every stream, and k of every stream."""
-    plan = fwd_plan(streams_of(a), over, eps, a.start_pos is not None, layout)
+    plan = fwd_plan(streams_of(a), over, eps, a.start_pos is not None, layout, q_scale)
     outs = run(plan, *a.qkv, *stream_inputs(a))
     return tuple(outs[: len(a.qkv)]), tuple(outs[len(a.qkv) :])
 

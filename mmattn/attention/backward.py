@@ -161,7 +161,7 @@ def joint_attention_bwd_dkdv_body(
     MASKED,
     PRECISION,
     EXACT,
-    GRADIENT_SCALE,  # softmax scale
+    DK_SCALE,  # of dS^T q: the softmax scale, or what undoes log2(e) in a folded q
     QUERIES,
     KEYS,
     COLS,
@@ -205,7 +205,7 @@ def joint_attention_bwd_dkdv_body(
                     batch, row, i, t, start, key, LENGTHS[i], LENGTHS[0], Q_STRIDES_[i], HEADS * WIDTH,
                     SCALE, WIDTH, KEY_MASKS_[i], CAUSAL, MASKED, PRECISION, EXACT, QUERIES, COLS,
                 )  # fmt: skip
-    dk = tl.where(keep[:, None], dk * GRADIENT_SCALE, 0.0)
+    dk = tl.where(keep[:, None], dk * DK_SCALE, 0.0)
     dv = tl.where(keep[:, None], dv, 0.0)
     at = (batch * length + key)[:, None] * (kv_heads * WIDTH) + head * WIDTH + cols[None, :]
     inside = (key < length)[:, None] & (cols < WIDTH)[None, :]
@@ -269,7 +269,7 @@ def joint_attention_bwd_dq_body(
     MASKED,
     PRECISION,
     EXACT,
-    GRADIENT_SCALE,
+    DQ_SCALE,  # of dS k: the softmax scale
     QUERIES,
     KEYS,
     COLS,
@@ -323,6 +323,4 @@ def joint_attention_bwd_dq_body(
             minus_delta -= tl.max(acc, 1)
             tl.store(exact_delta_ptr + (batch * HEADS + head) * length + query, -minus_delta, mask=query < length)
     at = (batch * length + query)[:, None] * (HEADS * WIDTH) + head * WIDTH + cols[None, :]
-    tl.store(
-        dq_ptr + at, (acc * GRADIENT_SCALE).to(dq_ptr.dtype.element_ty), mask=(query < length)[:, None] & (cols < WIDTH)[None, :]
-    )
+    tl.store(dq_ptr + at, (acc * DQ_SCALE).to(dq_ptr.dtype.element_ty), mask=(query < length)[:, None] & (cols < WIDTH)[None, :])

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 
 from .._triton import tl, triton
-from .tokens import accumulate, allowed, kept, load_queries, load_tokens, power, products, row_sum, stream_of
+from .tokens import accumulate, allowed, kept, load_queries, load_tokens, power, products, row_sum, scaled, stream_of
 
 LN2: tl.constexpr = tl.constexpr(math.log(2))
 
@@ -70,7 +70,7 @@ def gather(
     Keys that do not count have v = 0. Where the tensor cores have time (BY_DOT), they sum the rows, as a product with a tile
     that is 1 for each key that counts, so that a mask costs nothing per score. Else every thread adds what it holds.
     """
-    p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * SCALE)  # [QUERIES, KEYS]
+    p = tl.exp2(scaled(tl.dot(q, tl.trans(k), input_precision=PRECISION), SCALE))  # [QUERIES, KEYS]
     if CAUSAL:
         key = start + tl.arange(0, k.shape[0])
         p = tl.where((query[:, None] >= key[None, :]) | (i != t), p, 0.0)
@@ -105,7 +105,7 @@ def attend(
 
     EMPTY: a row may have seen no key yet.
     """
-    s = products(q, k, PRECISION, EXACT) * SCALE  # [QUERIES, KEYS]
+    s = scaled(products(q, k, PRECISION, EXACT), SCALE)  # [QUERIES, KEYS]
     if not WHOLE:
         s = tl.where(keep[None, :], s, float("-inf"))
     if CAUSAL or MASKED:
@@ -217,7 +217,7 @@ def joint_attention_fwd_body(
     HEADS,
     GROUP,  # heads of q that share one of k and v
     WIDTH,  # d
-    SCALE,  # softmax scale, in base 2 times log2(e)
+    SCALE,  # softmax scale, in base 2 times log2(e); 1 where q has been multiplied by it
     KEY_MASKS_,  # per stream, whether it has a key mask
     CAUSAL,
     MASKED,

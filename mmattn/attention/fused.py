@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..op import Call, Op, Operands, Spec, cast, spec
 from ..qk_norm_rope import norm_backward, norm_forward, norm_operands, norm_reference
 from .joint import attention_reference, attention_result, attention_static, infer, mask_operands, silenced
-from .plans import attention_backward, attention_forward
+from .plans import attention_backward, attention_forward, folded_scale
 
 NORM = ("over", "eps", "layout")
 
@@ -15,10 +15,16 @@ def parts(static: dict) -> tuple[dict, dict]:
     return {k: static[k] for k in NORM}, {k: v for k, v in static.items() if k not in NORM}
 
 
-def on_packed(a, q, k) -> tuple:
+def on_packed(a, q, k) -> Operands:
     """Operands of the attention that follows the norm: v is read from the packed projections."""
-    _, _, _, H, d = a.qkv[0].shape
-    return Operands(q=q, k=k, v=a.qkv, attn_mask=a.attn_mask, key_masks=a.key_masks), dict(v_at=2 * H * d)
+    return Operands(q=q, k=k, v=a.qkv, attn_mask=a.attn_mask, key_masks=a.key_masks)
+
+
+def seam(a, scale: float, **_) -> tuple[float, dict]:
+    """What q is multiplied by before it is rounded, and what the attention must know of q and v."""
+    (_, _, _, H, d), dtype = spec(a.qkv[0])
+    factor = folded_scale(scale, dtype)
+    return factor or 1.0, dict(v_at=2 * H * d, folded=factor is not None)
 
 
 def qk_specs(a) -> tuple[Spec, ...]:
@@ -27,24 +33,23 @@ def qk_specs(a) -> tuple[Spec, ...]:
 
 def fused_infer(a, **static):
     qk = qk_specs(a)
-    b, _ = on_packed(a, qk, qk)
-    outs, residuals = infer(b, **static)
+    outs, residuals = infer(on_packed(a, qk, qk), **static)
     return outs, qk + qk + residuals
 
 
 def fused_forward(run, a, **static):
     norm, attention = parts(static)
-    q, k = norm_forward(run, a, **norm)
-    b, v_at = on_packed(a, tuple(q), tuple(k))
-    outs, residuals = attention_forward(run, b, **attention, **v_at)
+    q_scale, known = seam(a, **attention)
+    b = on_packed(a, *norm_forward(run, a, q_scale=q_scale, **norm))
+    outs, residuals = attention_forward(run, b, **attention, **known)
     return outs, b.q + b.k + residuals
 
 
 def fused_backward(run, a, outs, extras, douts, *, return_lse, **static):
     n = len(a.qkv)
     norm, attention = parts(static)
-    b, v_at = on_packed(a, tuple(extras[:n]), tuple(extras[n : 2 * n]))
-    dq, dk, dv = attention_backward(run, b, outs, extras[2 * n :], douts, wide=True, **attention, **v_at)
+    b, (_, known) = on_packed(a, tuple(extras[:n]), tuple(extras[n : 2 * n])), seam(a, **attention)
+    dq, dk, dv = attention_backward(run, b, outs, extras[2 * n :], douts, wide=True, **attention, **known)
     return norm_backward(run, a, dq, dk, dv, a.key_masks, **norm)
 
 

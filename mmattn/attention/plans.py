@@ -84,7 +84,16 @@ def configuration(a, kind: str, causal: bool, precision: str) -> tuple[dict[str,
     return backward_tiles(kind, d, keys, masked)
 
 
-def meta(a, kind: str, *, causal: bool, scale: float, precision: str, v_at: int = 0, **more) -> tuple[dict, int, int]:
+def folded_scale(scale: float, dtype: str) -> float | None:
+    """The factor that whoever makes q may multiply it by before rounding, in place of a multiplication per score; None where q
+    might leave the dtype's range, or float32 show the rounding."""
+    factor = scale * LOG2E
+    return factor if dtype == "bfloat16" and 2.0**-6 <= factor <= 2.0**6 else None
+
+
+def meta(
+    a, kind: str, *, causal: bool, scale: float, precision: str, v_at: int = 0, folded: bool = False, **more
+) -> tuple[dict, int, int]:
     n = len(a.q)
     exact = is_exact(a, precision)
     tile, warps, stages = configuration(a, kind, causal, precision)
@@ -93,7 +102,7 @@ def meta(a, kind: str, *, causal: bool, scale: float, precision: str, v_at: int 
         HEADS=a.q[0].shape[2],
         GROUP=heads_per_key(a),
         WIDTH=a.q[0].shape[3],
-        SCALE=scale if exact else scale * LOG2E,
+        SCALE=1.0 if folded else scale if exact else scale * LOG2E,
         CAUSAL=causal,
         MASKED=0 if a.attn_mask is None else 1 if n == 1 else 2,
         PRECISION=precision,
@@ -213,7 +222,10 @@ def any_specs(a) -> tuple[Spec, ...]:
 
 def attention_forward(run, a, *, return_lse: bool, precision: str, **static):
     """Outputs, followed by the log-sum-exps where they are wanted, and residuals: what `lse_specs` says of each
-    row, and the mask's any() vectors."""
+    row, and the mask's any() vectors.
+
+    folded: q has been multiplied by scale * log2(e) (see folded_scale). dq is the gradient of q before that.
+    """
     B, _, H, _ = a.q[0].shape
     anys = tuple(run(any_plan(spec(a.attn_mask)), a.attn_mask)) if any_specs(a) else ()
     n = len(a.q)
@@ -242,7 +254,7 @@ def attention_backward(run, a, outs, residuals, douts, *, precision: str, wide: 
     """dq, dk, dv of every stream, from what attention_forward returned; wide: dq and dk in float32, for an op that goes on."""
     n = len(a.q)
     o, do, dlse, lse, anys = outs[:n], douts[:n], douts[n:], residuals[:n], residuals[n:]
-    static |= dict(precision=precision, GRADIENT_SCALE=static["scale"])
+    static |= dict(precision=precision)
     like = lambda xs: tuple(Spec(tuple(x.shape), "float32" if wide else spec(x).dtype) for x in xs)
     gradients = like(a.q), like(a.k), tuple(Spec(tuple(x.shape), spec(a.v[0]).dtype) for x in a.k)
     if is_single_pass(a, static["causal"], static["scale"]):
@@ -250,10 +262,15 @@ def attention_backward(run, a, outs, residuals, douts, *, precision: str, wide: 
     return two_passes(run, a, mask_inputs(a, anys), o, do, lse, dlse, gradients, static)
 
 
+def gradient_scales(scale: float, folded: bool = False, **_) -> dict[str, float]:
+    """What dS k and dS^T q are multiplied by; a folded q has the scale in it, and log2(e) too much."""
+    return dict(DQ_SCALE=scale, DK_SCALE=1 / LOG2E if folded else scale)
+
+
 def single_pass(run, a, o, do, lse, dlse, gradients, static):
     B, _, H, d = a.q[0].shape
     n = len(a.q)
-    constants, warps, stages = meta(a, "single", SHIFTED=bool(dlse), **static)
+    constants, warps, stages = meta(a, "single", SHIFTED=bool(dlse), **gradient_scales(**static), **static)
     constants = {name: x for name, x in constants.items() if name not in ("GROUP", "CAUSAL", "MASKED", "PRECISION", "EXACT")}
     constants |= {f"BLOCK{i}": cdiv(L, constants["QUERIES"]) for i, L in enumerate(lengths(a))}
     constants["WIDE"] = next_power_of_2(d + 3)
@@ -271,12 +288,13 @@ def two_passes(run, a, masks, o, do, lse, dlse, gradients, static):
     delta = tuple(run(delta_plan(lengths(a), statistics, H, d, bool(dlse), exact), *o, *do, *lse, *(dlse or lse)))
     inputs = (*a.q, *a.k, *a.v, *masks, *do, *lse)
     dq, dk, dv = gradients
-    constants, warps, stages = meta(a, "dq", **static)
+    scales = gradient_scales(**static)
+    constants, warps, stages = meta(a, "dq", DQ_SCALE=scales["DQ_SCALE"], **static)
     outs = dq + (statistics if exact else (UNUSED,) * n)
     p = plan(joint_attention_bwd_dq_body, lengths(a), B * H, constants["QUERIES"], outs, tuple(constants.items()), warps, stages)
     results = tuple(run(p, *inputs, *delta))
     dq, delta = results[:n], results[n:] if exact else delta
-    constants, warps, stages = meta(a, "dkdv", **static)
+    constants, warps, stages = meta(a, "dkdv", DK_SCALE=scales["DK_SCALE"], **static)
     outs = dk + dv
     programs = B * a.k[0].shape[2]
     p = plan(

@@ -8,7 +8,7 @@ cost no load and no instruction in the loop, and a key that is not there has k' 
 from __future__ import annotations
 
 from .._triton import tl, triton
-from .tokens import kept, load_tokens, pair_sum
+from .tokens import kept, load_tokens, pair_sum, scaled
 
 
 @triton.jit
@@ -50,10 +50,11 @@ def joint_attention_bwd_body(
     V_AT,
     HEADS,
     WIDTH,  # d
-    SCALE,  # softmax scale times log2(e)
+    SCALE,  # softmax scale times log2(e); 1 where q has been multiplied by it
     KEY_MASKS_,
     SHIFTED,  # whether dlse is given
-    GRADIENT_SCALE,  # softmax scale
+    DQ_SCALE,  # of dS k: the softmax scale
+    DK_SCALE,  # of dS^T q: the same, or what undoes log2(e) in a folded q
     BLOCKS_,  # blocks of QUERIES in each stream
     QUERIES,
     KEYS,
@@ -114,7 +115,7 @@ def joint_attention_bwd_body(
             dv = tl.zeros((KEYS, COLS), tl.float32)
             sums = ()
             for b in tl.static_range(len(dq)):
-                p = tl.exp2(tl.dot(k_and, tl.trans(q_and[b])) * SCALE)  # [KEYS, QUERIES]
+                p = tl.exp2(scaled(tl.dot(k_and, tl.trans(q_and[b])), SCALE))  # [KEYS, QUERIES]
                 ds = (p * tl.dot(v_and, tl.trans(do_and[b]))).to(dtype)
                 dv = tl.dot(p.to(dtype), do[b], dv)
                 dk = tl.dot(ds, q[b].to(dtype), dk)
@@ -123,7 +124,7 @@ def joint_attention_bwd_body(
             at = (batch * LENGTHS[t] + key)[:, None] * row_stride + head * WIDTH + cols[None, :]
             written = (key < LENGTHS[t])[:, None] & (cols < WIDTH)[None, :]
             dv = tl.where(real[:, None], dv, 0.0)
-            tl.store(dk_ptrs[t] + at, (dk * GRADIENT_SCALE).to(dk_ptrs[t].dtype.element_ty), mask=written)
+            tl.store(dk_ptrs[t] + at, (dk * DK_SCALE).to(dk_ptrs[t].dtype.element_ty), mask=written)
             tl.store(dv_ptrs[t] + at, dv.to(dv_ptrs[t].dtype.element_ty), mask=written)
     stored = ()
     for i in tl.static_range(len(q_ptrs)):
@@ -131,5 +132,5 @@ def joint_attention_bwd_body(
             query = b * QUERIES + tl.arange(0, QUERIES)
             at = (batch * LENGTHS[i] + query)[:, None] * row_stride + head * WIDTH + cols[None, :]
             inside = (query < LENGTHS[i])[:, None] & (cols < WIDTH)[None, :]
-            tl.store(dq_ptrs[i] + at, (dq[len(stored)] * GRADIENT_SCALE).to(dq_ptrs[i].dtype.element_ty), mask=inside)
+            tl.store(dq_ptrs[i] + at, (dq[len(stored)] * DQ_SCALE).to(dq_ptrs[i].dtype.element_ty), mask=inside)
             stored = stored + (0,)

@@ -41,6 +41,12 @@ def load_tokens(ptr, batch, tokens, length, stride, cols, WIDTH: tl.constexpr, k
 
 
 @triton.jit
+def scaled(s, SCALE: tl.constexpr):
+    """Scores times SCALE; at 1, where q has it in it already, no instruction."""
+    return s if SCALE == 1.0 else s * SCALE
+
+
+@triton.jit
 def power(x, EXACT: tl.constexpr):
     """2^x by the GPU's own instruction; EXACT: e^x for x <= 88 within an ulp, on the FMA pipes.
 
