@@ -80,12 +80,23 @@ def row_stride(x, dense: int) -> int | None:
     return leading[-1][1] if leading else row
 
 
+def aligned(x, dense: int) -> bool:
+    """Whether every row of x, its last `dense` axes, begins at a multiple of 16 bytes and no two overlap. (Memory of a framework
+    without addresses does.)"""
+    size = {"float32": 4}.get(dtype_name(x), 2)
+    stride = row_stride(x, dense)
+    address = x.data_ptr() if hasattr(x, "data_ptr") else 0
+    return address % 16 == 0 and stride * size % 16 == 0 and stride >= math.prod(x.shape[len(x.shape) - dense :])
+
+
 class Target(NamedTuple):
-    """What a plan may know of the GPU: compute capability, multiprocessors, bytes of shared memory per block."""
+    """What a plan may know of the GPU: compute capability, multiprocessors, bytes of shared memory per block, and whether
+    kernels in Gluon run there (a real GPU, and a Triton that has it)."""
 
     arch: int = 90
     sms: int = 132
     shared: int = 232448
+    gluon: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,6 +104,7 @@ class Plan:
     """One launch: `kernel[grid](*inputs, *outs, **ints, **meta)`, the kernel's parameters in that order.
 
     ints may be runtime integers (torch: no recompilation when they change) or constants (JAX); meta is constexpr.
+    aliases: out -> input, by number, where the launch updates an array in place; the kernel gets its pointer twice.
     """
 
     kernel: Any
@@ -102,6 +114,7 @@ class Plan:
     meta: Mapping[str, Any]
     warps: int
     stages: int = 1
+    aliases: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

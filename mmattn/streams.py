@@ -10,6 +10,7 @@ import inspect
 import linecache
 from functools import cache
 
+from ._gluon import gluon, is_gluon
 from ._triton import tl, triton
 
 INTEGERS = ("LENGTHS", "PROGRAMS", "SAMPLES", "TABLE_SAMPLES", "CHUNKS", "BLOCKS")
@@ -44,7 +45,8 @@ def over_streams(body, n: int):
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
     scope = dict(function.__globals__, tl=tl)
     exec(compile(source, filename, "exec"), scope)
-    return triton.jit(do_not_specialize=runtime)(scope[kernel])
+    language = gluon if is_gluon(body) else triton
+    return language.jit(do_not_specialize=runtime)(scope[kernel])
 
 
 def integers(**tuples: tuple[int, ...]) -> dict[str, int]:

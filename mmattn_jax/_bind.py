@@ -22,6 +22,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 
 import mmattn
+from mmattn import _gluon
 from mmattn._triton import INSTALLED
 from mmattn.choice import decide, no_gradient, not_a_gpu, old_gpu, unmet
 from mmattn.op import Call, Layout, Op, Plan, Target, flatten, owners, unflatten
@@ -55,7 +56,8 @@ def target() -> Target:
     except RuntimeError:
         return Target()
     arch = int(device.compute_capability.replace(".", ""))
-    return Target(arch, device.core_count, getattr(device, "shared_memory_per_block_optin", Target().shared))
+    shared = getattr(device, "shared_memory_per_block_optin", Target().shared)
+    return Target(arch, device.core_count, shared, _gluon.INSTALLED)
 
 
 def problem(platform: str) -> str | None:

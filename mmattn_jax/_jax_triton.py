@@ -1,4 +1,4 @@
-"""One way to call jax-triton 0.3.1 and 0.4.x: `call(plan, arrays, arch)` traces one launch.
+"""One way to call jax-triton 0.3.1 and 0.4.x, and XLA for what it cannot compile: `call(plan, arrays, arch)` traces one launch.
 
 jax_triton is imported when the first kernel is lowered for a GPU: elsewhere neither it nor the CUDA plugin is needed.
 """
@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import math
 import os
+import zlib
 from functools import cache
 from types import FunctionType, ModuleType
 
 import jax
 import jax.numpy as jnp
 
+from mmattn._gluon import GluonASTSource, is_gluon
 from mmattn.op import Plan
 
 CUSTOM_CALLS = ("triton_kernel_call", "triton_kernel_call_ffi")  # of 0.3 and of 0.4
@@ -62,9 +65,47 @@ def static_variant(kernel):
     return triton.jit(variant)
 
 
+POINTERS = dict(bfloat16="*bf16", float32="*fp32")
+
+
+@cache
+def gluon_kernel(kernel, constants: tuple, dtypes: tuple[str, ...], warps: int, arch: int) -> tuple:
+    """A Gluon kernel, compiled: what XLA launches, its name, and the bytes of scratch memory that each program wants."""
+    import triton
+    from jax._src.lib import gpu_triton
+    from triton.backends.compiler import GPUTarget
+
+    names, constants = kernel.arg_names, dict(constants)
+    signature = {name: "constexpr" if name in constants else POINTERS[dtypes[i]] for i, name in enumerate(names)}
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(dtypes))}
+    values = {(i,): constants[name] for i, name in enumerate(names) if name in constants}
+    options = dict(num_warps=warps, enable_fp_fusion=False)
+    source = GluonASTSource(kernel, signature, values, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    about = compiled.metadata
+    launched = gpu_triton.TritonKernel(about.name, about.num_warps, 1, about.shared, compiled.asm["ptx"], "", arch)
+    return launched, about.name, about.global_scratch_size
+
+
+def gluon_call(plan: Plan, arrays, outs, arch: int) -> tuple[jax.Array, ...]:
+    """One launch of a Gluon kernel, which jax-triton does not compile, by the call that jax-triton lowers to. Scratch memory is
+    one more result."""
+    from jax._src.lib import gpu_triton
+
+    dtypes = tuple(str(x.dtype) for x in (*arrays, *outs))
+    kernel, name, scratch = gluon_kernel(plan.kernel, (*plan.ints.items(), *plan.meta.items()), dtypes, plan.warps, arch)
+    outs = (*outs, jax.ShapeDtypeStruct((math.prod(plan.grid) * scratch,), jnp.int8))
+    parameters = [gpu_triton.create_array_parameter(0, 16)] * (len(arrays) + len(outs))
+    launch = gpu_triton.TritonKernelCall(kernel, *(*plan.grid, 1, 1)[:3], parameters)
+    opaque = zlib.compress(launch.to_proto(name, b""))
+    return jax.ffi.ffi_call(CUSTOM_CALLS[1], outs)(*arrays, opaque=opaque)[:-1]
+
+
 def call(plan: Plan, arrays, arch: int) -> tuple[jax.Array, ...]:
-    triton_call = module().triton_call
     outs = tuple(jax.ShapeDtypeStruct(out.shape, jnp.dtype(out.dtype)) for out in plan.outs)
+    if is_gluon(plan.kernel):
+        return gluon_call(plan, arrays, outs, arch)
+    triton_call = module().triton_call
     if "out_type" in inspect.signature(triton_call).parameters:
         version = dict(out_type=outs, backend_options=dict(enable_fp_fusion=False))
     else:
@@ -76,6 +117,7 @@ def call(plan: Plan, arrays, arch: int) -> tuple[jax.Array, ...]:
         num_warps=plan.warps,
         num_stages=plan.stages,
         compute_capability=arch,
+        input_output_aliases={i: out for out, i in plan.aliases.items()},
         **version,
         **plan.ints,
         **plan.meta,

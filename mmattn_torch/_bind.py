@@ -31,6 +31,7 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.nn import Parameter
 
 import mmattn
+from mmattn._gluon import INSTALLED
 from mmattn._triton import triton
 from mmattn.choice import Explanation, decide, no_gradient, not_a_gpu, old_gpu
 from mmattn.op import DTYPE_NAMES, UNUSED, Call, Layout, Op, Operands, Plan, Spec, Target, flatten, owners, row_stride, unflatten
@@ -64,18 +65,38 @@ def launch(plan: Plan, arrays: Sequence[Tensor], outs: Sequence[Tensor]) -> Call
     Triton looks a kernel up by the type and alignment of every argument, which takes it longer than small kernels run.
     """
     options = dict(num_warps=plan.warps, num_stages=plan.stages, enable_fp_fusion=False)
-    compiled = plan.kernel[plan.grid](*arrays, *outs, *plan.ints.values(), **plan.meta, **options)
+    compiled = with_scratch(plan.kernel[plan.grid])(*arrays, *outs, *plan.ints.values(), **plan.meta, **options)
     constants = (*plan.ints.values(), *(plan.meta[name] for name in plan.kernel.arg_names if name in plan.meta))
     grid, run, function, packed = (*plan.grid, 1, 1)[:3], compiled.run, compiled.function, compiled.packed_metadata
+    profiled = compiled[grid]
+    if getattr(compiled.metadata, "global_scratch_size", 0):
+        run, profiled = with_scratch(run), with_scratch(profiled)
     runtime, stream, device = triton.knobs.runtime, torch._C._cuda_getCurrentRawStream, torch.cuda.current_device()
 
     def again(addresses: list[int]) -> None:
         if runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:  # a profiler of Triton's
-            compiled[grid](*addresses, *constants)
+            profiled(*addresses, *constants)
         else:
             run(*grid, stream(device), function, packed, None, None, None, *addresses, *constants)
 
     return again
+
+
+def with_scratch(launch: Callable) -> Callable:
+    """launch, where Triton takes the scratch memory that some kernels want from torch, without the user's allocator changing.
+
+    The memory is given back as soon as the launch is queued: torch hands it out again on the same stream only.
+    """
+    allocator = triton.runtime._allocation._allocator
+
+    def launched(*args, **kwargs):
+        token = allocator.set(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+        try:
+            return launch(*args, **kwargs)
+        finally:
+            allocator.reset(token)
+
+    return launched
 
 
 def constant_under_compile(function: Callable) -> Callable:
@@ -109,7 +130,8 @@ def target(device: torch.device) -> Target:
     if device.type != "cuda":
         return Target()
     gpu = torch.cuda.get_device_properties(device)
-    return Target(10 * gpu.major + gpu.minor, gpu.multi_processor_count, gpu.shared_memory_per_block_optin)
+    cuda = torch.version.hip is None
+    return Target(10 * gpu.major + gpu.minor, gpu.multi_processor_count, gpu.shared_memory_per_block_optin, cuda and INSTALLED)
 
 
 class Step:
@@ -131,8 +153,11 @@ class Step:
 def follow(steps: Sequence[Step], arrays: list[Tensor], addresses: list[int], device: torch.device) -> None:
     """Launch steps; each one's outputs and their addresses join the arrays."""
     for step in steps:
-        for out in step.plan.outs:
-            x = spare(device) if out is UNUSED else empty(out, device)
+        for i, out in enumerate(step.plan.outs):
+            if i in step.plan.aliases:
+                x = arrays[step.inputs[step.plan.aliases[i]]]
+            else:
+                x = spare(device) if out is UNUSED else empty(out, device)
             arrays.append(x)
             addresses.append(x.data_ptr())
         again = step.again

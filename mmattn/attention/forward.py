@@ -198,6 +198,61 @@ def shifted_softmax(
 
 
 @triton.jit
+def joint_attention_repair_body(
+    q_ptrs,  # (B, L_s, H, d) per stream, tokens a stride apart
+    k_ptrs,  # likewise
+    v_ptrs,  # likewise
+    old_o_ptrs,  # the outputs, which are updated in place
+    old_lse_ptrs,
+    old_log_ptrs,
+    o_ptrs,  # (B, L_s, H, d)
+    lse_ptrs,  # (B, H, L_s) float32, base 2
+    log_ptrs,  # (B, H, L_s) float32, base e
+    LENGTHS,
+    Q_STRIDES_,
+    K_STRIDES_,
+    V_STRIDES_,
+    V_AT,
+    HEADS,
+    WIDTH,
+    SCALE,
+    LOGS,
+    REACH,  # queries of a program, a multiple of QUERIES
+    QUERIES,
+    KEYS,
+    COLS,
+):
+    """With a running maximum, each block of QUERIES queries one of which has lse NaN. Grid (B * H * blocks of REACH tokens over
+    all streams,): a program that finds none, as most do, has next to nothing to do, so each one looks far."""
+    blocks = 0
+    for t in tl.static_range(len(q_ptrs)):
+        blocks += tl.cdiv(LENGTHS[t], REACH)
+    head = tl.program_id(0) // blocks % HEADS
+    batch = (tl.program_id(0) // blocks // HEADS).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    i, q_ptr, length, q_stride, first = stream_of(block, q_ptrs, LENGTHS, Q_STRIDES_, REACH)
+    _, o_ptr, _, _, _ = stream_of(block, o_ptrs, LENGTHS, Q_STRIDES_, REACH)
+    _, lse_ptr, _, _, _ = stream_of(block, lse_ptrs, LENGTHS, Q_STRIDES_, REACH)
+    _, log_ptr, _, _, _ = stream_of(block, log_ptrs, LENGTHS, Q_STRIDES_, REACH)
+    row = lse_ptr + (batch * HEADS + head) * length
+    if any_nan(row, first, length, REACH):
+        for part in tl.range(0, REACH // QUERIES, num_stages=1):
+            if any_nan(row, first + part * QUERIES, length, QUERIES):
+                shifted_softmax(
+                    q_ptr, k_ptrs, v_ptrs, q_ptr, k_ptrs, q_ptr, q_ptr, q_ptr, o_ptr, lse_ptr, log_ptr,
+                    batch, head, i, first + part * QUERIES, length, q_stride, False, LENGTHS, K_STRIDES_, V_STRIDES_, V_AT,
+                    HEADS, 1, WIDTH, SCALE, (False,) * len(k_ptrs), False, 0, "ieee", False, LOGS, QUERIES, KEYS, COLS, None,
+                )  # fmt: skip
+
+
+@triton.jit
+def any_nan(ptr, first, length, SIZE: tl.constexpr):
+    at = first + tl.arange(0, SIZE)
+    x = tl.load(ptr + at, mask=at < length, other=0.0)
+    return tl.max((x != x).to(tl.int32), 0) != 0
+
+
+@triton.jit
 def joint_attention_fwd_body(
     q_ptrs,  # (B, L_s, H, d) per stream, tokens a stride apart
     k_ptrs,  # (B, L_s, H / GROUP, d), likewise

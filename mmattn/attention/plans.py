@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from functools import cache
 
-from ..op import UNUSED, Plan, Spec, cdiv, next_power_of_2, row_stride, spec
+from ..op import UNUSED, Plan, Spec, Target, aligned, cdiv, next_power_of_2, row_stride, spec
 from ..streams import integers, over_streams
 from .backward import PAD, attention_delta_body, joint_attention_bwd_dkdv_body, joint_attention_bwd_dq_body
-from .forward import joint_attention_fwd_body
+from .forward import joint_attention_fwd_body, joint_attention_repair_body
+from .hopper import CONSUMERS, ROWS, joint_attention_hopper_body
 from .single_pass import joint_attention_bwd_body
 from .tokens import mask_any_kernel
 
@@ -226,6 +227,8 @@ def attention_forward(run, a, *, return_lse: bool, precision: str, **static):
 
     folded: q has been multiplied by scale * log2(e) (see folded_scale). dq is the gradient of q before that.
     """
+    if on_hopper(run.target, a, static["causal"]):
+        return hopper_forward(run, a, return_lse=return_lse, precision=precision, **static)
     B, _, H, _ = a.q[0].shape
     anys = tuple(run(any_plan(spec(a.attn_mask)), a.attn_mask)) if any_specs(a) else ()
     n = len(a.q)
@@ -235,11 +238,74 @@ def attention_forward(run, a, *, return_lse: bool, precision: str, **static):
     constants, warps, stages = meta(a, "fwd" if shifted else "unshifted", precision=precision, **more, **static)
     at_once = not shifted and not static["causal"] and constants["COLS"] <= 32 and sum(lengths(a)) <= SHORT
     constants |= {f"KEY_BLOCK{i}": cdiv(L, constants["KEYS"]) if at_once else 0 for i, L in enumerate(lengths(a))}
-    outs = o_specs(a) + lse_specs(a, precision) + (log_specs(a) if return_lse else (UNUSED,) * n)
+    outs = forward_specs(a, return_lse, precision)
     p = plan(joint_attention_fwd_body, lengths(a), B * H, constants["QUERIES"], outs, tuple(constants.items()), warps, stages)
     results = tuple(run(p, *a.q, *a.k, *a.v, *mask_inputs(a, anys)))
     o, lse, log = results[:n], results[n : 2 * n], results[2 * n :]
     return (o + log if return_lse else o), lse + anys
+
+
+def forward_specs(a, return_lse: bool, precision: str) -> tuple[Spec, ...]:
+    return o_specs(a) + lse_specs(a, precision) + (log_specs(a) if return_lse else (UNUSED,) * len(a.q))
+
+
+def on_hopper(target: Target, a, causal: bool) -> bool:
+    """Whether the forward takes the kernel for Hopper: what it knows, and what its loads can address."""
+    plain = a.attn_mask is None and not causal and heads_per_key(a) == 1 and all(m is None for m in a.key_masks)
+    known = len(a.q) <= 2 and a.q[0].shape[3] in (64, 128) and min(lengths(a)) >= 128
+    return (
+        target.gluon
+        and target.arch == 90
+        and plain
+        and known
+        and all(spec(x).dtype == "bfloat16" for x in (a.q[0], a.k[0], a.v[0]))
+        and all(aligned(x, len(x.shape) - 2) for x in (*a.q, *a.k, *a.v))
+    )
+
+
+def hopper_forward(run, a, *, return_lse: bool, precision: str, **static):
+    """attention_forward in two launches, the second of which repairs what the first found out of range."""
+    n, d = len(a.q), a.q[0].shape[3]
+    constants, _, _ = meta(a, "fwd", precision=precision, LOGS=return_lse, **static)
+    outs = forward_specs(a, return_lse, precision)
+    names = ("V_AT", "HEADS", "WIDTH", "SCALE", "LOGS")
+    names += tuple(name for name in constants if "STRIDE" in name)
+    shared = tuple((name, constants[name]) for name in names)
+    first = hopper_plan(lengths(a), a.q[0].shape[0], run.target.sms, outs, (*shared, ("KEYS", 8192 // d)))
+    results = tuple(run(first, *a.q, *a.k, *a.v))
+    reach = 64  # queries of a program: enough programs for the GPU, few enough that most have nothing to do at little cost
+    while reach < 512 and reach < a.q[0].shape[0] * a.q[0].shape[2] * sum(lengths(a)) // (4 * run.target.sms):
+        reach *= 2
+    tile = dict(REACH=reach, QUERIES=64, KEYS=32, COLS=d)
+    repair = repair_plan(lengths(a), outs, (*shared, *tile.items()))
+    results = tuple(run(repair, *a.q, *a.k, *a.v, *results))
+    return (results[:n] + results[2 * n :] if return_lse else results[:n]), results[n : 2 * n]
+
+
+@cache
+def hopper_plan(lengths: tuple[int, ...], B: int, sms: int, outs: tuple[Spec, ...], constants: tuple) -> Plan:
+    constants, n = dict(constants), len(lengths)
+    tiles = B * constants["HEADS"] * cdiv(sum(cdiv(L, ROWS.value) for L in lengths), CONSUMERS.value)
+    ints = integers(LENGTHS=lengths, SAMPLES=(B,) * n)
+    return Plan(over_streams(joint_attention_hopper_body, n), (min(tiles, sms),), outs, ints, constants, warps=4)
+
+
+@cache
+def repair_plan(lengths: tuple[int, ...], outs: tuple[Spec, ...], constants: tuple) -> Plan:
+    constants, n = dict(constants), len(lengths)
+    grid = outs[0].shape[0] * constants["HEADS"] * sum(cdiv(L, constants["REACH"]) for L in lengths)
+    aliases = {i: 3 * n + i for i in range(3 * n)}
+    kernel = over_streams(joint_attention_repair_body, n)
+    return Plan(
+        kernel,
+        (grid,),
+        outs,
+        integers(LENGTHS=lengths),
+        constants,
+        warps=4 if constants["COLS"] == 64 else 8,
+        stages=2,
+        aliases=aliases,
+    )
 
 
 def is_single_pass(a, causal: bool, scale: float) -> bool:

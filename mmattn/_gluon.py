@@ -1,0 +1,38 @@
+"""The one guarded import of Gluon, Triton's language of layouts, barriers and warp roles, with what Hopper adds to it.
+
+Triton 3.6 and 3.7 have it under these names; older and newer ones do not, and there is no Gluon kernel then.
+"""
+
+try:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+    from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+    from triton.experimental.gluon.language.nvidia.hopper.tma import async_copy_global_to_shared, make_tensor_descriptor
+except (ImportError, AttributeError):
+    from ._triton import tl as gl
+    from ._triton import triton as gluon
+
+    GluonASTSource = GluonJITFunction = mbarrier = tma = warpgroup_mma = warpgroup_mma_wait = None
+    async_copy_global_to_shared = make_tensor_descriptor = None
+
+INSTALLED = tma is not None
+
+
+def is_gluon(kernel) -> bool:
+    """Whether a kernel is written in Gluon."""
+    return INSTALLED and isinstance(kernel, GluonJITFunction)
+
+
+__all__ = [
+    "INSTALLED",
+    "GluonASTSource",
+    "async_copy_global_to_shared",
+    "gl",
+    "gluon",
+    "is_gluon",
+    "make_tensor_descriptor",
+    "mbarrier",
+    "warpgroup_mma",
+    "warpgroup_mma_wait",
+]
