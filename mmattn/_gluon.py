@@ -8,13 +8,15 @@ try:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
     from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
-    from triton.experimental.gluon.language.nvidia.hopper.tma import async_copy_global_to_shared, make_tensor_descriptor
+    from triton.experimental.gluon.language.nvidia.hopper.tma import make_tensor_descriptor
+
+    async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the latter until 3.8
 except (ImportError, AttributeError):
     from ._triton import tl as gl
     from ._triton import triton as gluon
 
     GluonASTSource = GluonJITFunction = mbarrier = tma = warpgroup_mma = warpgroup_mma_wait = None
-    async_copy_global_to_shared = make_tensor_descriptor = None
+    async_load = make_tensor_descriptor = None
 
 INSTALLED = tma is not None
 
@@ -27,7 +29,7 @@ def is_gluon(kernel) -> bool:
 __all__ = [
     "INSTALLED",
     "GluonASTSource",
-    "async_copy_global_to_shared",
+    "async_load",
     "gl",
     "gluon",
     "is_gluon",

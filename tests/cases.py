@@ -391,16 +391,6 @@ def joint_attention_cases():
     yield case("long-causal", heads(1, 2, 64, 3000), dict(causal=True), **LARGE)
     long = heads(2, 4, 64, 700, 300, real=((700, 1), (299, 130))) | key_masks((700, 300), ((700, 1), (299, 130)))
     yield case("long-key-masks", long, dict(return_lse=True), **LARGE)
-    # What the kernel for Hopper takes: whole blocks and parts of them, rows in range, some out of range, all out of range.
-    hopper = LARGE | PRODUCTION
-    yield case("hopper-one-stream", heads(2, 3, 64, 700), dict(return_lse=True), **hopper)
-    yield case("hopper-two-streams", heads(2, 3, 128, 700, 333), **hopper)
-    yield case(
-        "hopper-packed", {name: tuple(Part((2, L, 3, 2, 64), i) for L in (333, 128)) for i, name in enumerate("qkv")}, **hopper
-    )
-    yield case("hopper-over-the-gate", heads(2, 2, 128, 333, 257, qk=dict(std=3.6)), dict(return_lse=True), **hopper)
-    far = heads(1, 2, 64, 700)
-    yield case("hopper-huge-logits", far | dict(k=tuple(leaf._replace(mean=60.0) for leaf in far["k"])), **hopper)
 
 
 def qk_norm_rope_attention_cases():
@@ -426,9 +416,6 @@ def qk_norm_rope_attention_cases():
     yield case("production", 1, 4, 32, 186, 20, **seed | dict(positions=186), row=PRODUCTION)
     yield case("sd3", 2, 24, 64, 1024, 154, over="head", row=LARGE)
     yield case("flux", 1, 8, 128, 1024, 512, over="head", rotated=(True, True), positions=1024, row=LARGE)
-    gains = projections(2, 2, 64, 333, 154, over="head")
-    large = {name: tuple(leaf._replace(mean=4.0) for leaf in gains[name]) for name in ("q_weight", "k_weight")}
-    yield case("hopper-large-gains", 2, 2, 64, 333, 154, over="head", extra=large, row=LARGE | PRODUCTION)
     yield case("target", 8, 8, 16, 186, 20, **seed | dict(positions=4096), extra=mask(8, 186), row=LARGE)
 
 

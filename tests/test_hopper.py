@@ -1,39 +1,53 @@
-"""The forward for Hopper without a GPU: which calls take it, what JAX lowers them to, and both launches on the CPU.
+"""The forward for Hopper: which calls take it, its code, what JAX lowers it to, and its results.
 
-Triton's interpreter knows no Gluon, so a few lines of NumPy stand in for that launch. Its code is compiled in test_plans and
-runs in test_ops on a GPU (`-k hopper`).
+On the CPU a few lines of NumPy stand in for the launch in Gluon, which Triton's interpreter does not know.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import re
+import subprocess
 from types import SimpleNamespace
 
 import frameworks
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import Case, Normal, heads, key_masks, mask, projections
-from test_plans import Ghost, Recorder, base_name, ghosts
+import triton
+from cases import Case, Normal, Part, heads, key_masks, mask, projections
+from test_ops import assert_same_bits
+from test_plans import TARGETS, Ghost, Recorder, base_name, compiled, ghosts, tool
 
+import mmattn
 from mmattn._gluon import INSTALLED, is_gluon
+from mmattn.attention import plans
 from mmattn.op import Plan, Target
 
-pytestmark = pytest.mark.skipif(not INSTALLED, reason="this Triton has no Gluon under the names that the kernel uses")
+pytestmark = pytest.mark.skipif(not INSTALLED, reason="this Triton has no Gluon for Hopper")
 HOPPER = Target(sms=2, gluon=True)
+TAKEN = ["joint_attention_hopper", "joint_attention_repair"]
+PLAIN = ["joint_attention_fwd"]
 
 
-def kernels_of(call, target: Target) -> list[str]:
+@pytest.fixture
+def any_size(monkeypatch):
+    """The kernel is taken by problems that are too small for it."""
+    monkeypatch.setattr(plans, "WORTHWHILE", 0)
+
+
+def forward(call, target: Target):
     run = Recorder(target)
     call.op.forward(run, SimpleNamespace(**call.operands), **dict(call.static))
-    return [base_name(launch.plan) for launch in run.launches]
+    return run.launches
+
+
+def names(call, target: Target) -> list[str]:
+    return [base_name(launch.plan) for launch in forward(call, target)]
 
 
 def attention(*shape: int, static: dict | None = None, **more) -> Case:
-    return Case("joint_attention", "any", heads(*shape) | more, static or {})
-
-
-TAKEN = ["joint_attention_hopper", "joint_attention_repair"]
-PLAIN = ["joint_attention_fwd"]
+    return Case("joint_attention", "-".join(map(str, shape)), heads(*shape) | more, static or {})
 
 
 @pytest.mark.parametrize(
@@ -47,6 +61,7 @@ PLAIN = ["joint_attention_fwd"]
         (attention(2, 3, 96, 333, 154), "bfloat16", HOPPER, PLAIN),
         (attention(2, 3, 64, 333, 127), "bfloat16", HOPPER, PLAIN),
         (attention(2, 3, 64, 333, 154, 154), "bfloat16", HOPPER, PLAIN),
+        (attention(0, 3, 64, 333), "bfloat16", HOPPER, PLAIN),
         (attention(2, 3, 64, 333, static=dict(causal=True)), "bfloat16", HOPPER, PLAIN),
         (attention(2, 3, 64, 333, **mask(2, 333)), "bfloat16", HOPPER, PLAIN),
         (attention(2, 3, 64, 333, 154, **key_masks((333, 154), ((), (1, 2)))), "bfloat16", HOPPER, PLAIN),
@@ -55,20 +70,64 @@ PLAIN = ["joint_attention_fwd"]
     ],
     ids=str,
 )
-def test_which_calls_take_it(case, dtype, target, kernels):
-    assert kernels_of(ghosts(case, dtype), target) == kernels
+def test_which_calls_take_it(case, dtype, target, kernels, any_size):
+    assert names(ghosts(case, dtype), target) == kernels
 
 
 @pytest.mark.parametrize("address, stride, kernels", [(32, 192, TAKEN), (40, 192, PLAIN), (32, 196, PLAIN)])
-def test_it_takes_what_the_tensor_memory_accelerator_can_address(address, stride, kernels):
-    import mmattn
-
+def test_it_takes_what_the_tensor_memory_accelerator_can_address(address, stride, kernels, any_size):
     class View(Ghost):
         def data_ptr(self):
             return address
 
     q = View((2, 333, 3, 64), "bfloat16", (333 * stride, stride, 64, 1))
-    assert kernels_of(mmattn.joint_attention(q, q, q), HOPPER) == kernels
+    assert names(mmattn.joint_attention(q, q, q), HOPPER) == kernels
+
+
+@pytest.mark.parametrize(
+    "shape, kernels",
+    [
+        ((2, 24, 128, 4096, 512), TAKEN),
+        ((4, 24, 64, 4096, 333), TAKEN),
+        ((1, 8, 128, 1024, 512), PLAIN),
+        ((32, 24, 64, 128), PLAIN),
+    ],
+    ids=str,
+)
+def test_it_is_taken_where_it_is_faster(shape, kernels):
+    assert names(ghosts(attention(*shape), "bfloat16"), TARGETS[90]) == kernels
+
+
+@pytest.mark.parametrize("constant", [False, True], ids=["torch", "jax"])
+@pytest.mark.parametrize("scale", [None, 1.0], ids=["scaled", "folded"])
+@pytest.mark.parametrize(
+    "shape", [(2, 24, 64, 4096), (2, 24, 64, 4096, 333), (2, 24, 128, 4096), (2, 24, 128, 4096, 512)], ids=str
+)
+def test_code(shape, scale, constant, any_size, tmp_path):
+    """No register is spilled, and ptxas has nothing to say: it tells where it makes wgmma wait for one another."""
+    launch, _ = forward(ghosts(attention(*shape, static=dict(return_lse=True)), "bfloat16"), HOPPER)
+    plan = launch.plan
+    plan = dataclasses.replace(plan, meta={**plan.meta, "SCALE": scale or plan.meta["SCALE"]})
+    if constant:
+        plan = dataclasses.replace(plan, ints={}, meta={**plan.meta, **plan.ints})
+    kernel = compiled(launch._replace(plan=plan), 90)
+    assert kernel.metadata.shared <= TARGETS[90].shared
+    (tmp_path / "kernel.cubin").write_bytes(kernel.asm["cubin"])
+    (tmp_path / "kernel.ptx").write_text(kernel.asm["ptx"])
+    assert "STACK:0 " in tool("cuobjdump", "--dump-resource-usage", str(tmp_path / "kernel.cubin"))
+    assert "HGMMA" in tool("nvdisasm", "-c", str(tmp_path / "kernel.cubin"))
+    command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "kernel.ptx", "-o", "again.cubin"]
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stderr
+    assert "registers" in said and not re.search(r"C75\d\d|serialized|warning", said), said
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 64, 4096, 333), (2, 24, 128, 4096, 512)], ids=str)
+def test_code_of_the_repair(shape, any_size, tmp_path):
+    _, launch = forward(ghosts(attention(*shape, static=dict(return_lse=True)), "bfloat16"), HOPPER)
+    kernel = compiled(launch, 90)
+    (tmp_path / "kernel.cubin").write_bytes(kernel.asm["cubin"])
+    assert "STACK:0 " in tool("cuobjdump", "--dump-resource-usage", str(tmp_path / "kernel.cubin"))
+    assert "HGMMA" in tool("nvdisasm", "-c", str(tmp_path / "kernel.cubin"))
 
 
 def wide(x) -> np.ndarray:
@@ -101,36 +160,96 @@ def stand_in(plan: Plan, operands, outs) -> None:
         write(out, x)
 
 
-CASES = (
-    Case("joint_attention", "in-range", heads(1, 1, 64, 130, 128), dict(return_lse=True)),
-    Case("joint_attention", "some-out-of-range", heads(1, 1, 64, 330, qk=dict(std=3.8)), dict(return_lse=True)),
-    Case("joint_attention", "all-out-of-range", heads(1, 2, 64, 130, 128, qk=dict(std=5.0))),
-    Case("qk_norm_rope_attention", "packed", projections(1, 2, 64, 130, 128, over="head"), dict(over="head")),
-)
+def packed(B: int, H: int, d: int, *lengths: int) -> dict:
+    return {name: tuple(Part((B, L, 3, H, d), part) for L in lengths) for part, name in enumerate("qkv")}
 
 
-@pytest.mark.skipif(frameworks.GPU, reason="the stand-in is for the interpreter")
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_both_launches_against_float64(case, framework, kernels, monkeypatch):
-    import interpreted
+def large_gains(B: int, H: int, d: int, *lengths: int) -> dict:
+    operands = projections(B, H, d, *lengths, over="head")
+    gains = {name: tuple(leaf._replace(mean=4.0) for leaf in operands[name]) for name in ("q_weight", "k_weight")}
+    return operands | gains
 
-    launched, launch = [], interpreted.launch
 
-    def either(plan, operands, outs):
-        launched.append(base_name(plan))
-        with np.errstate(all="ignore"):
-            (stand_in if is_gluon(plan.kernel) else launch)(plan, operands, outs)
+joint = lambda label, operands, **static: Case("joint_attention", label, operands, static)
+fused = lambda label, operands: Case("qk_norm_rope_attention", label, operands, dict(over="head"))
+far = heads(1, 2, 64, 700)
+SMALL = [  # rows in range, some out of it, all
+    joint("in-range", heads(1, 1, 64, 130, 128), return_lse=True),
+    joint("over-the-gate", heads(1, 1, 64, 330, qk=dict(std=3.8)), return_lse=True),
+    joint("far-over-the-gate", heads(1, 2, 64, 130, 128, qk=dict(std=5.0))),
+    fused("packed", projections(1, 2, 64, 130, 128, over="head")),
+]
+LARGE = [
+    joint("one-stream", heads(2, 3, 64, 700), return_lse=True),
+    joint("two-streams", heads(2, 3, 128, 700, 333)),
+    joint("views", packed(2, 2, 64, 333, 128)),
+    joint("over-the-gate-128", heads(2, 2, 128, 333, 257, qk=dict(std=3.6)), return_lse=True),
+    joint("huge-logits", far | dict(k=tuple(leaf._replace(mean=60.0) for leaf in far["k"]))),
+    joint("many-tiles", heads(2, 24, 128, 1300, 333)),
+    fused("large-gains", large_gains(2, 2, 64, 333, 154)),
+]
+ON_GPU = pytest.mark.gpu
+EACH = [*SMALL, *(pytest.param(case, marks=ON_GPU) for case in LARGE)]
 
-    binder = framework.ops._bind
-    monkeypatch.setattr(interpreted, "launch", either)
-    monkeypatch.setattr(binder, "target", lambda *device: HOPPER)
+
+@pytest.fixture
+def launched(kernels, any_size, monkeypatch) -> list[str]:
+    """Names of the kernels that run; on the CPU the stand-in is one of them."""
+    names = []
+    if frameworks.GPU:
+        recorded = lambda launch: lambda plan, *args: (names.append(base_name(plan)), launch(plan, *args))[1]
+        places, target = [(frameworks.framework_of(name).ops._bind, "launch") for name in frameworks.INSTALLED], None
+    else:
+        import interpreted
+
+        def recorded(launch):
+            def either(plan, operands, outs):
+                names.append(base_name(plan))
+                with np.errstate(all="ignore"):
+                    (stand_in if is_gluon(plan.kernel) else launch)(plan, operands, outs)
+
+            return either
+
+        places, target = [(interpreted, "launch")], HOPPER
+    for place, name in places:
+        monkeypatch.setattr(place, name, recorded(getattr(place, name)))
+    for name in frameworks.INSTALLED if target else ():
+        monkeypatch.setattr(frameworks.framework_of(name).ops._bind, "target", lambda *device: target)
+    return names
+
+
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_against_float64(case, framework, launched):
     for _ in range(2):  # the first call, and a replay
         frameworks.check(case, "bfloat16", frameworks.call(framework, case, "bfloat16"))
-    assert launched.count("joint_attention_hopper") == launched.count("joint_attention_repair") >= 2
-    assert "joint_attention_fwd" not in launched
+    assert set(TAKEN) < set(launched) and PLAIN[0] not in launched
 
 
-def test_jax_lowers_it_to_xlas_call(monkeypatch):
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_frameworks_agree_to_the_bit(case, launched):
+    if len(frameworks.INSTALLED) < 2:
+        pytest.skip(f"only {frameworks.INSTALLED[0]} is installed")
+    assert_same_bits(*(frameworks.call(frameworks.framework_of(name), case, "bfloat16") for name in frameworks.INSTALLED))
+    assert set(TAKEN) < set(launched)
+
+
+@ON_GPU
+def test_a_cuda_graph_replays_it(any_size):
+    torch = pytest.importorskip("torch")
+    import mmattn_torch
+
+    x = torch.randn(2, 700, 3, 4, 64, device="cuda", dtype=torch.bfloat16)
+    attend = lambda: mmattn_torch.joint_attention(*x.unbind(2), implementation="triton")
+    attend()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = attend()
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.equal(o, attend())
+
+
+def test_jax_lowers_it_to_xlas_call(any_size, monkeypatch):
     jax = pytest.importorskip("jax")
     import mmattn_jax
 

@@ -44,7 +44,6 @@ SPILLS = {
         gated_residual_norm_adaln_fwd=192,
     ),
     90: dict(
-        joint_attention_hopper=16,  # once a tile
         joint_attention_bwd=64,
         joint_attention_bwd_dkdv=160,
         qk_norm_rope_bwd=16,

@@ -11,7 +11,7 @@ The softmax has no shift (see `forward`). A row that needs one has lse NaN here,
 
 from __future__ import annotations
 
-from .._gluon import async_copy_global_to_shared, gl, gluon, make_tensor_descriptor, mbarrier, warpgroup_mma, warpgroup_mma_wait
+from .._gluon import async_load, gl, gluon, make_tensor_descriptor, mbarrier, warpgroup_mma, warpgroup_mma_wait
 from .forward import LN2
 
 ROWS = gl.constexpr(64)  # queries of a consumer: what one wgmma multiplies
@@ -34,15 +34,11 @@ def turn(VERB: gl.constexpr, CONSUMER: gl.constexpr, x):
 
 
 @gluon.jit
-def exponentials(s, keys, SCALE: gl.constexpr, WHOLE: gl.constexpr):
-    """2^(s SCALE) [ROWS, KEYS]; 0 from column `keys` on unless WHOLE. What is below the smallest normal number is 0."""
+def exponentials(s, SCALE: gl.constexpr):
+    """2^(s SCALE); what is below the smallest normal number is 0."""
     if SCALE != 1.0:
         s = s * SCALE
-    p = gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [s], dtype=gl.float32, is_pure=True, pack=1)
-    if not WHOLE:
-        column = gl.arange(0, p.shape[1], gl.SliceLayout(0, p.type.layout))
-        p = gl.where((column < keys)[None, :], p, 0.0)
-    return p
+    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [s], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
@@ -78,16 +74,14 @@ def release(ring, at):
 
 
 @gluon.jit
-def advance(
-    o, p, total, at, q, k_ring, v_ring, keys, CONSUMER: gl.constexpr, SCALE: gl.constexpr, WHOLE: gl.constexpr
-):  # fmt: skip
+def advance(o, p, total, at, q, k_ring, v_ring, CONSUMER: gl.constexpr, SCALE: gl.constexpr):
     """Scores and P of block number `at`, while P v of the block before is added to o."""
     scores = start_scores(q, k_ring, at, CONSUMER)
     output = start_output(p, v_ring, at - 1, o)
     turn("arrive", CONSUMER + 1, at)
     s = warpgroup_mma_wait(1, [scores])
     release(k_ring, at)
-    new = exponentials(s, keys, SCALE, WHOLE)
+    new = exponentials(s, SCALE)
     total += row_sums(new)
     # Waited for together, so that the compiler puts nothing of them behind the wait.
     o, p, total = warpgroup_mma_wait(0, [output, gl.convert_layout(new.to(gl.bfloat16), p.type.layout), total])
@@ -107,10 +101,14 @@ def tiles(LENGTHS, samples, HEADS: gl.constexpr):
 
 @gluon.jit
 def store(
-    o, total, unit, batch, head, o_ptrs, lse_ptrs, log_ptrs, LENGTHS,
+    o, sums, padding, unit, batch, head, o_ptrs, lse_ptrs, log_ptrs, LENGTHS,
     HEADS: gl.constexpr, WIDTH: gl.constexpr, LOGS: gl.constexpr,
 ):  # fmt: skip
-    """Outputs and log-sum-exps of the 64 queries number `unit` of all streams; lse is NaN where a row is out of range."""
+    """Outputs and log-sum-exps of the 64 queries number `unit` of all streams; lse is NaN where a row is out of range.
+
+    padding: the keys behind a stream's end that are in the row sums. They were loaded as 0, so they put 2^0 into a row's sum and
+    nothing into its output. The sum's rounding is relative to all of it: in range, that is 2^-15 of what is left at most.
+    """
     length = gl.to_tensor(LENGTHS[0])
     o_ptr = o_ptrs[0]
     lse_ptr = lse_ptrs[0]
@@ -126,7 +124,8 @@ def store(
             first = (unit - before) * ROWS
         before += gl.cdiv(LENGTHS[t], ROWS)
     rows = first + gl.arange(0, ROWS, gl.SliceLayout(1, o.type.layout))
-    good = (total >= 1 / 2.0**64) & (total <= 2.0**64) & (gl.max(gl.maximum(o, -o), 1) <= 2.0**126)
+    total = sums - padding
+    good = (total * 256.0 >= padding) & (total >= 1 / 2.0**64) & (total <= 2.0**64) & (gl.max(gl.maximum(o, -o), 1) <= 2.0**126)
     lse = gl.where(good, gl.log2(total), float("nan"))
     at = (batch.to(gl.int64) * HEADS + head) * length + rows
     gl.store(lse_ptr + at, lse, mask=rows < length)
@@ -153,29 +152,27 @@ def consume(
     q = q_smem.index(CONSUMER).reshape([ROWS, WIDTH])
     blocks, end = tiles(LENGTHS, samples, HEADS)
     key_blocks = 0
+    padding = 0
     for t in gl.static_range(len(LENGTHS)):
         key_blocks += gl.cdiv(LENGTHS[t], KEYS)
+        padding += gl.cdiv(LENGTHS[t], KEYS) * KEYS - LENGTHS[t]
     at = 0  # blocks of keys so far
     parity = 0
     if CONSUMER == CONSUMERS - 1:
         turn("arrive", 0, at)
     for tile in range(gl.program_id(0), end, gl.num_programs(0)):
         mbarrier.wait(q_full.index(CONSUMER), parity)
-        # The last block of each stream, the one that is not whole, comes first: the loop needs no mask.
         scores = start_scores(q, k_ring, at, CONSUMER)
         turn("arrive", CONSUMER + 1, at)
         s = warpgroup_mma_wait(0, [scores])
         release(k_ring, at)
-        new = exponentials(s, (LENGTHS[0] - 1) % KEYS + 1, SCALE, False)
+        new = exponentials(s, SCALE)
         total = row_sums(new)
         p = gl.convert_layout(new.to(gl.bfloat16), p_layout)
         o = gl.zeros([ROWS, WIDTH], gl.float32, o_layout)
         at += 1
-        for t in gl.static_range(1, len(LENGTHS)):
-            o, p, total = advance(o, p, total, at, q, k_ring, v_ring, (LENGTHS[t] - 1) % KEYS + 1, CONSUMER, SCALE, False)
-            at += 1
-        for _ in range(len(LENGTHS), key_blocks):
-            o, p, total = advance(o, p, total, at, q, k_ring, v_ring, 0, CONSUMER, SCALE, True)
+        for _ in range(1, key_blocks):
+            o, p, total = advance(o, p, total, at, q, k_ring, v_ring, CONSUMER, SCALE)
             at += 1
         mbarrier.arrive(q_empty.index(CONSUMER), count=1)
         output = start_output(p, v_ring, at - 1, o)
@@ -184,7 +181,7 @@ def consume(
         release(v_ring, at - 1)
         parity ^= 1
         store(
-            o, sums, tile % blocks * CONSUMERS + CONSUMER, tile // blocks // HEADS, tile // blocks % HEADS,
+            o, sums, padding, tile % blocks * CONSUMERS + CONSUMER, tile // blocks // HEADS, tile // blocks % HEADS,
             o_ptrs, lse_ptrs, log_ptrs, LENGTHS, HEADS, WIDTH, LOGS,
         )  # fmt: skip
     if CONSUMER == 0:
@@ -217,7 +214,7 @@ def fill(view, batch, first, column, ring, at):
     stage = at % STAGES
     mbarrier.wait(empty.index(stage), ((at // STAGES) & 1) ^ 1)
     mbarrier.expect(full.index(stage), smem.shape[2] * smem.shape[3] * 2)
-    async_copy_global_to_shared(view, [batch, first, column], full.index(stage), smem.index(stage))
+    async_load(view, [batch, first, column], full.index(stage), smem.index(stage))
 
 
 @gluon.jit
@@ -248,19 +245,12 @@ def produce(
             for t in gl.static_range(len(LENGTHS)):
                 units = gl.cdiv(LENGTHS[t], ROWS)
                 here = unit >= 0 if t == len(LENGTHS) - 1 else (unit >= 0) & (unit < units)
-                async_copy_global_to_shared(
-                    qs[t], [batch, unit * ROWS, column], q_full.index(consumer), q_smem.index(consumer), pred=here
-                )
+                async_load(qs[t], [batch, unit * ROWS, column], q_full.index(consumer), q_smem.index(consumer), pred=here)
                 unit -= units
         for t in gl.static_range(len(LENGTHS)):
-            last = (LENGTHS[t] - 1) // KEYS * KEYS
-            fill(ks[t], batch, last, column, k_ring, at)
-            fill(vs[t], batch, last, column, v_ring, at)
-            at += 1
-        for t in gl.static_range(len(LENGTHS)):
-            for block in range((LENGTHS[t] - 1) // KEYS):
-                fill(ks[t], batch, block * KEYS, column, k_ring, at)
-                fill(vs[t], batch, block * KEYS, column, v_ring, at)
+            for first in range(0, LENGTHS[t], KEYS):
+                fill(ks[t], batch, first, column, k_ring, at)
+                fill(vs[t], batch, first, column, v_ring, at)
                 at += 1
         parity ^= 1
 

@@ -249,18 +249,32 @@ def forward_specs(a, return_lse: bool, precision: str) -> tuple[Spec, ...]:
     return o_specs(a) + lse_specs(a, precision) + (log_specs(a) if return_lse else (UNUSED,) * len(a.q))
 
 
+WORTHWHILE = 48  # blocks of keys for each multiprocessor to walk, below which the kernel for Hopper gains nothing
+
+
 def on_hopper(target: Target, a, causal: bool) -> bool:
-    """Whether the forward takes the kernel for Hopper: what it knows, and what its loads can address."""
-    plain = a.attn_mask is None and not causal and heads_per_key(a) == 1 and all(m is None for m in a.key_masks)
-    known = len(a.q) <= 2 and a.q[0].shape[3] in (64, 128) and min(lengths(a)) >= 128
+    """Whether the forward takes the kernel for Hopper: what it knows, what its loads can address, and enough to do."""
+    if not (target.gluon and target.arch == 90) or a.attn_mask is not None or causal or any(m is not None for m in a.key_masks):
+        return False
+    B, _, H, d = a.q[0].shape
+    if len(a.q) > 2 or d not in (64, 128) or heads_per_key(a) > 1 or B == 0 or min(lengths(a)) < 128:
+        return False
+    blocks = sum(cdiv(L, hopper_keys(d)) for L in lengths(a))
     return (
-        target.gluon
-        and target.arch == 90
-        and plain
-        and known
+        hopper_tiles(lengths(a), B * H) * blocks >= WORTHWHILE * target.sms
         and all(spec(x).dtype == "bfloat16" for x in (a.q[0], a.k[0], a.v[0]))
-        and all(aligned(x, len(x.shape) - 2) for x in (*a.q, *a.k, *a.v))
+        and all(aligned(x, 3 if len(x.shape) == 5 else 2) for x in (*a.q, *a.k, *a.v))
     )
+
+
+def hopper_keys(d: int) -> int:
+    """Keys of a block: three stages of k and v, and 192 queries, fill the shared memory."""
+    return 8192 // d
+
+
+def hopper_tiles(lengths: tuple[int, ...], heads: int) -> int:
+    """Tiles of queries, of all heads of all samples."""
+    return heads * cdiv(sum(cdiv(L, ROWS.value) for L in lengths), CONSUMERS.value)
 
 
 def hopper_forward(run, a, *, return_lse: bool, precision: str, **static):
@@ -271,7 +285,7 @@ def hopper_forward(run, a, *, return_lse: bool, precision: str, **static):
     names = ("V_AT", "HEADS", "WIDTH", "SCALE", "LOGS")
     names += tuple(name for name in constants if "STRIDE" in name)
     shared = tuple((name, constants[name]) for name in names)
-    first = hopper_plan(lengths(a), a.q[0].shape[0], run.target.sms, outs, (*shared, ("KEYS", 8192 // d)))
+    first = hopper_plan(lengths(a), a.q[0].shape[0], run.target.sms, outs, (*shared, ("KEYS", hopper_keys(d))))
     results = tuple(run(first, *a.q, *a.k, *a.v))
     reach = 64  # queries of a program: enough programs for the GPU, few enough that most have nothing to do at little cost
     while reach < 512 and reach < a.q[0].shape[0] * a.q[0].shape[2] * sum(lengths(a)) // (4 * run.target.sms):
@@ -285,7 +299,7 @@ def hopper_forward(run, a, *, return_lse: bool, precision: str, **static):
 @cache
 def hopper_plan(lengths: tuple[int, ...], B: int, sms: int, outs: tuple[Spec, ...], constants: tuple) -> Plan:
     constants, n = dict(constants), len(lengths)
-    tiles = B * constants["HEADS"] * cdiv(sum(cdiv(L, ROWS.value) for L in lengths), CONSUMERS.value)
+    tiles = hopper_tiles(lengths, B * constants["HEADS"])
     ints = integers(LENGTHS=lengths, SAMPLES=(B,) * n)
     return Plan(over_streams(joint_attention_hopper_body, n), (min(tiles, sms),), outs, ints, constants, warps=4)
 
