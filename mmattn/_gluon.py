@@ -1,6 +1,6 @@
 """The one guarded import of Gluon, Triton's language of layouts, barriers and warp roles, with what Hopper adds to it.
 
-Triton 3.6 and 3.7 have it under these names; older and newer ones do not, and there is no Gluon kernel then.
+It is no stable interface: compiled with Triton 3.6, 3.7 and 3.9. Where a name is missing there is no Gluon kernel.
 """
 
 try:

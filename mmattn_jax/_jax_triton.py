@@ -69,42 +69,49 @@ POINTERS = dict(bfloat16="*bf16", float32="*fp32")
 
 
 @cache
-def gluon_kernel(kernel, constants: tuple, dtypes: tuple[str, ...], warps: int, arch: int) -> tuple:
-    """A Gluon kernel, compiled: what XLA launches, its name, and the bytes of scratch memory that each program wants."""
+def compiled(kernel, constants: tuple, dtypes: tuple[str, ...], arch: int, **options) -> tuple:
+    """What XLA launches of a kernel, its name, and the bytes of scratch memory that each program wants."""
     import triton
     from jax._src.lib import gpu_triton
     from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
 
     names, constants = kernel.arg_names, dict(constants)
     signature = {name: "constexpr" if name in constants else POINTERS[dtypes[i]] for i, name in enumerate(names)}
-    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(dtypes))}
     values = {(i,): constants[name] for i, name in enumerate(names) if name in constants}
-    options = dict(num_warps=warps, enable_fp_fusion=False)
-    source = GluonASTSource(kernel, signature, values, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    about = compiled.metadata
-    launched = gpu_triton.TritonKernel(about.name, about.num_warps, 1, about.shared, compiled.asm["ptx"], "", arch)
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(dtypes))}
+    source = (GluonASTSource if is_gluon(kernel) else ASTSource)(kernel, signature, values, aligned)
+    result = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(enable_fp_fusion=False, **options))
+    about = result.metadata
+    launched = gpu_triton.TritonKernel(about.name, about.num_warps, 1, about.shared, result.asm["ptx"], "", arch)
     return launched, about.name, about.global_scratch_size
 
 
-def gluon_call(plan: Plan, arrays, outs, arch: int) -> tuple[jax.Array, ...]:
-    """One launch of a Gluon kernel, which jax-triton does not compile, by the call that jax-triton lowers to. Scratch memory is
-    one more result."""
+def call_directly(plan: Plan, arrays, outs, arch: int) -> tuple[jax.Array, ...]:
+    """The call to XLA that jax-triton lowers to, for what it does not do: Gluon, and aliases in the same way in 0.3 and 0.4.
+
+    Scratch memory is one more result.
+    """
     from jax._src.lib import gpu_triton
 
     dtypes = tuple(str(x.dtype) for x in (*arrays, *outs))
-    kernel, name, scratch = gluon_kernel(plan.kernel, (*plan.ints.items(), *plan.meta.items()), dtypes, plan.warps, arch)
-    outs = (*outs, jax.ShapeDtypeStruct((math.prod(plan.grid) * scratch,), jnp.int8))
+    constants = (*plan.ints.items(), *plan.meta.items())
+    kernel, name, scratch = compiled(plan.kernel, constants, dtypes, arch, num_warps=plan.warps, num_stages=plan.stages)
+    if scratch:
+        outs = (*outs, jax.ShapeDtypeStruct((math.prod(plan.grid) * scratch,), jnp.int8))
     parameters = [gpu_triton.create_array_parameter(0, 16)] * (len(arrays) + len(outs))
     launch = gpu_triton.TritonKernelCall(kernel, *(*plan.grid, 1, 1)[:3], parameters)
-    opaque = zlib.compress(launch.to_proto(name, b""))
-    return jax.ffi.ffi_call(CUSTOM_CALLS[1], outs)(*arrays, opaque=opaque)[:-1]
+    aliases = {i: out for out, i in plan.aliases.items()}
+    results = jax.ffi.ffi_call(CUSTOM_CALLS[1], outs, input_output_aliases=aliases)(
+        *arrays, opaque=zlib.compress(launch.to_proto(name, b""))
+    )
+    return tuple(results[: len(plan.outs)])
 
 
 def call(plan: Plan, arrays, arch: int) -> tuple[jax.Array, ...]:
     outs = tuple(jax.ShapeDtypeStruct(out.shape, jnp.dtype(out.dtype)) for out in plan.outs)
-    if is_gluon(plan.kernel):
-        return gluon_call(plan, arrays, outs, arch)
+    if is_gluon(plan.kernel) or plan.aliases:
+        return call_directly(plan, arrays, outs, arch)
     triton_call = module().triton_call
     if "out_type" in inspect.signature(triton_call).parameters:
         version = dict(out_type=outs, backend_options=dict(enable_fp_fusion=False))
@@ -117,7 +124,6 @@ def call(plan: Plan, arrays, arch: int) -> tuple[jax.Array, ...]:
         num_warps=plan.warps,
         num_stages=plan.stages,
         compute_capability=arch,
-        input_output_aliases={i: out for out, i in plan.aliases.items()},
         **version,
         **plan.ints,
         **plan.meta,
