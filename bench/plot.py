@@ -9,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator
 
 from . import shapes
 
@@ -58,6 +59,7 @@ def draw(op: str, rows: list[dict]) -> plt.Figure:
         sizes = {row["shape"]: row["sizes"] for row in rows}
         axis.set_xticks(range(len(names)), [f"{name}\n{sizes[name]}" for name in names], fontsize=7, rotation=30)
         axis.grid(axis="y", which="both", alpha=0.3)
+        axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("{x:g}")
     axes[0][0].set_ylabel(f"{unit} (lower is better)" if unit == "ms" else f"{unit} (line: roof)")
