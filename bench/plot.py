@@ -9,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator
 
 from . import shapes
 
@@ -58,6 +59,9 @@ def draw(op: str, rows: list[dict]) -> plt.Figure:
         sizes = {row["shape"]: row["sizes"] for row in rows}
         axis.set_xticks(range(len(names)), [f"{name}\n{sizes[name]}" for name in names], fontsize=7, rotation=30)
         axis.grid(axis="y", which="both", alpha=0.3)
+        axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
     axes[0][0].set_ylabel(f"{unit} (lower is better)" if unit == "ms" else f"{unit} (line: roof)")
     axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
     last = max(rows, key=lambda row: row["date"])

@@ -72,12 +72,14 @@ def row_stride(x, dense: int) -> int | None:
         if size != 1 and stride != step:
             return None
         step *= size
-    leading = [(n, s) for n, s in zip(shape, strides, strict=True)][: len(shape) - dense]
-    leading = [(n, s) for n, s in leading if n != 1]
+    every = [(n, s) for n, s in zip(shape, strides, strict=True)][: len(shape) - dense]
+    leading = [(n, s) for n, s in every if n != 1]
     for (_, outer), (n, inner) in pairwise(leading):
         if outer != n * inner:
             return None
-    return leading[-1][1] if leading else row
+    if leading:
+        return leading[-1][1]
+    return max(row, every[0][1]) if every else row  # a lone row: as between two, so that the kernel is the same
 
 
 def aligned(x, dense: int) -> bool:

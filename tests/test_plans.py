@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 
 import mmattn
 from mmattn._gluon import INSTALLED, GluonASTSource, is_gluon
-from mmattn.op import Plan, Spec, Target, spec
+from mmattn.op import Plan, Spec, Target, row_stride, spec
 
 TARGETS = {80: Target(80, 108, 166912), 90: Target(90, 132, 232448, INSTALLED), 100: Target(100, 148, 232448)}
 POINTERS = dict(float32="*fp32", float16="*fp16", bfloat16="*bf16", int32="*i32", bool="*i1")
@@ -83,6 +83,14 @@ class Ghost:
         kept += zip(self.shape[len(at) :], self.strides[len(at) :], strict=True)
         shape, strides = zip(*kept, strict=True)
         return Ghost(shape, self.dtype, strides)
+
+
+@pytest.mark.parametrize("sizes", [(1, 3 * 96), (1, 1, 3 * 96)], ids=str)
+def test_a_lone_sample_is_launched_as_others_are(sizes):
+    """Its stride is a constant of the kernel, though no kernel needs it."""
+    slices = (*(slice(None) for _ in sizes[1:]), slice(0, 96))
+    lone, others = (row_stride(Ghost((batch, *sizes[1:]), "bfloat16")[slices], 1) for batch in (1, 4))
+    assert lone == others == 3 * 96
 
 
 class Launch(NamedTuple):
