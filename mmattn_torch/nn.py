@@ -44,14 +44,16 @@ _buffers: dict[tuple, Tensor] = {}
 
 
 def _ones(rows: int, like: Tensor) -> Tensor:
-    """(1, rows) ones of another tensor's dtype and device."""
-    key = like.dtype, like.device
-    buffer = _buffers.get(key)
-    if buffer is None or buffer.shape[1] < rows:
-        buffer = like.new_ones(1, next_power_of_2(rows))
-        if not (like.is_cuda and torch.cuda.is_current_stream_capturing()):  # a graph's memory is the graph's
-            _buffers[key] = buffer
-    return buffer[:, :rows]
+    """(1, rows) ones of another tensor's dtype and device. Their memory is never given back, since a graph may have captured its
+    address, and none that is a graph's own is kept."""
+    size = next_power_of_2(rows)
+    key = like.dtype, like.device, size
+    if key in _buffers:
+        return _buffers[key][:, :rows]
+    ones = like.new_ones(1, size)
+    if not (like.is_cuda and torch.cuda.is_current_stream_capturing()):
+        _buffers[key] = ones
+    return ones[:, :rows]
 
 
 class _LinearFunction(torch.autograd.Function):

@@ -466,6 +466,15 @@ def test_torch_linear(shape):
 
 
 @needs_torch
+def test_ones_stay_where_a_graph_has_seen_them():
+    like = torch.zeros(1, device=FRONTS["torch"].device, dtype=torch.bfloat16)
+    few = mmattn_torch.nn._ones(5, like)
+    many = mmattn_torch.nn._ones(70000, like)
+    assert few.shape == (1, 5) and many.shape == (1, 70000) and bool((many == 1).all())
+    assert mmattn_torch.nn._ones(6, like).data_ptr() == few.data_ptr() != many.data_ptr()
+
+
+@needs_torch
 def test_torch_compile():
     """One forward and one backward graph for every length."""
     from torch._dynamo.testing import CompileCounterWithBackend
