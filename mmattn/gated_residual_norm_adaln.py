@@ -33,6 +33,7 @@ from .rows import (
     per_sample,
     products,
     reciprocal_root,
+    row_and_columns,
     row_meta,
     split,
     store_sums,
@@ -230,10 +231,8 @@ def gated_residual_norm_adaln_bwd_vectors_kernel(
     SHARED_ROWS: tl.constexpr,
 ):
     """Grid ((B + groups with h_weight) * cdiv(D, COLS),): one program sums COLS columns of one sample or of one group."""
-    column_blocks: tl.constexpr = (WIDTH + COLS - 1) // COLS
-    program = tl.num_programs(0) - 1 - tl.program_id(0)  # the groups' sums take longest, so they begin first
-    i = (program // column_blocks).to(tl.int64)
-    cols = program % column_blocks * COLS + tl.arange(0, COLS)
+    # Backwards: the groups' sums take longest, so they begin first.
+    i, cols = row_and_columns(tl.num_programs(0) - 1 - tl.program_id(0), WIDTH, COLS)
     if i < SAMPLES:
         own_q = tl.zeros((ROWS, COLS), tl.float32)
         a = tl.zeros((ROWS, COLS), tl.float32)

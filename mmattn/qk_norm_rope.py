@@ -19,7 +19,7 @@ from typing import NamedTuple
 from . import check
 from ._triton import tl, triton
 from .op import Call, Op, Plan, Spec, Target, cast, cdiv, groups, like, next_power_of_2, spec, ungrouped, wide
-from .rows import sum_chunks
+from .rows import row_and_columns, sum_chunks
 from .streams import integers, name_of, over_streams
 
 
@@ -319,13 +319,10 @@ def qk_norm_rope_bwd_weights_body(
     COLS,
 ):
     """Grid (sum of PROGRAMS,): even programs serve q, odd ones k."""
-    column_blocks: tl.constexpr = (WIDTH + COLS - 1) // COLS
     program = tl.program_id(0)
     for t in tl.static_range(len(q_part_ptrs)):
         if (program >= 0) & (program < PROGRAMS[t]):
-            i = program // 2
-            cols = i % column_blocks * COLS + tl.arange(0, COLS)
-            g = (i // column_blocks).to(tl.int64)
+            g, cols = row_and_columns(program // 2, WIDTH, COLS)
             if program % 2 == 0:
                 sum_chunks(q_part_ptrs[t], dq_weight_ptrs[t], g, cols, CHUNKS[t], WIDTH, ROWS, COLS)
             else:

@@ -112,6 +112,13 @@ def store_sums(part_ptr, line, sums, cols, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def row_and_columns(program, WIDTH: tl.constexpr, COLS: tl.constexpr):
+    """What a program that sums COLS columns of one row works on: programs are counted over the columns of a row, then rows."""
+    column_blocks: tl.constexpr = (WIDTH + COLS - 1) // COLS
+    return (program // column_blocks).to(tl.int64), program % column_blocks * COLS + tl.arange(0, COLS)
+
+
+@triton.jit
 def sum_chunks(part_ptr, out_ptr, n, cols, CHUNKS, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """out[n, cols] = the sum of part[n, :, cols] over the chunks, in a fixed order."""
     total = tl.zeros((ROWS, COLS), tl.float32)
@@ -132,9 +139,8 @@ def sum_chunks_kernel(
     COLS: tl.constexpr,
 ):
     """Grid (N * cdiv(D, COLS),)."""
-    column_blocks: tl.constexpr = (WIDTH + COLS - 1) // COLS
-    cols = tl.program_id(0) % column_blocks * COLS + tl.arange(0, COLS)
-    sum_chunks(part_ptr, out_ptr, (tl.program_id(0) // column_blocks).to(tl.int64), cols, CHUNKS, WIDTH, ROWS, COLS)
+    n, cols = row_and_columns(tl.program_id(0), WIDTH, COLS)
+    sum_chunks(part_ptr, out_ptr, n, cols, CHUNKS, WIDTH, ROWS, COLS)
 
 
 class Config(NamedTuple):

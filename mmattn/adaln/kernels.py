@@ -7,7 +7,7 @@ r = i % LINES of sample b = i // LINES. Where the modulation is per token, or th
 from __future__ import annotations
 
 from .._triton import tl, triton
-from ..rows import affine, load_tile, load_vector, norm_backward, normalize, store_sums
+from ..rows import affine, load_tile, load_vector, norm_backward, normalize, row_and_columns, store_sums
 
 
 @triton.jit
@@ -299,10 +299,8 @@ def adaln_bwd_vectors_kernel(
     SHARED_ROWS: tl.constexpr,
 ):
     """Grid ((SERVED + groups) * cdiv(D, COLS),): one program sums COLS columns of one row of dscale and dshift, or of a group."""
-    column_blocks: tl.constexpr = (WIDTH + COLS - 1) // COLS
-    program = tl.num_programs(0) - 1 - tl.program_id(0)  # the groups' sums take longest, so they begin first
-    i = (program // column_blocks).to(tl.int64)
-    cols = program % column_blocks * COLS + tl.arange(0, COLS)
+    # Backwards: the groups' sums take longest, so they begin first.
+    i, cols = row_and_columns(tl.num_programs(0) - 1 - tl.program_id(0), WIDTH, COLS)
     if i < SERVED:
         line_a = tl.zeros((ROWS, COLS), tl.float32)
         line_h = tl.zeros((ROWS, COLS), tl.float32)

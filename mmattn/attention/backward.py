@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .._triton import tl, triton
-from .tokens import accumulate, allowed, kept, load_queries, load_tokens, pair_sum, power, products, stream_of
+from .tokens import accumulate, allowed, kept, load_queries, load_tokens, pair_sum, place, power, products, stream_of
 
 PAD: tl.constexpr = tl.constexpr(128)  # rows of statistics are padded to a multiple of this, so that no load of them is masked
 
@@ -169,12 +169,7 @@ def joint_attention_bwd_dkdv_body(
     """Grid (B * H / GROUP * blocks of KEYS tokens over all streams,): dk and dv of one block of keys, from every head of q that
     reads it."""
     kv_heads: tl.constexpr = HEADS // GROUP
-    blocks = 0
-    for t in tl.static_range(len(k_ptrs)):
-        blocks += tl.cdiv(LENGTHS[t], KEYS)
-    head = tl.program_id(0) // blocks % kv_heads
-    batch = (tl.program_id(0) // blocks // kv_heads).to(tl.int64)
-    block = tl.program_id(0) % blocks
+    batch, head, block = place(LENGTHS, KEYS, kv_heads)
     t, k_ptr, length, k_stride, first = stream_of(block, k_ptrs, LENGTHS, K_STRIDES_, KEYS)
     _, v_ptr, _, v_stride, _ = stream_of(block, v_ptrs, LENGTHS, V_STRIDES_, KEYS)
     _, dk_ptr, _, _, _ = stream_of(block, dk_ptrs, LENGTHS, K_STRIDES_, KEYS)
@@ -275,12 +270,7 @@ def joint_attention_bwd_dq_body(
     COLS,
 ):
     """Grid (B * H * blocks of QUERIES tokens over all streams,): dq of one block of queries."""
-    blocks = 0
-    for t in tl.static_range(len(q_ptrs)):
-        blocks += tl.cdiv(LENGTHS[t], QUERIES)
-    head = tl.program_id(0) // blocks % HEADS
-    batch = (tl.program_id(0) // blocks // HEADS).to(tl.int64)
-    block = tl.program_id(0) % blocks
+    batch, head, block = place(LENGTHS, QUERIES, HEADS)
     i, q_ptr, length, q_stride, first = stream_of(block, q_ptrs, LENGTHS, Q_STRIDES_, QUERIES)
     _, do_ptr, _, _, _ = stream_of(block, do_ptrs, LENGTHS, Q_STRIDES_, QUERIES)
     _, dq_ptr, _, _, _ = stream_of(block, dq_ptrs, LENGTHS, Q_STRIDES_, QUERIES)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 
 from .._triton import tl, triton
-from .tokens import accumulate, allowed, kept, load_queries, load_tokens, power, products, row_sum, scaled, stream_of
+from .tokens import accumulate, allowed, kept, load_queries, load_tokens, place, power, products, row_sum, scaled, stream_of
 
 LN2: tl.constexpr = tl.constexpr(math.log(2))
 
@@ -224,12 +224,7 @@ def joint_attention_repair_body(
 ):
     """With a running maximum, each block of QUERIES queries one of which has lse NaN. Grid (B * H * blocks of REACH tokens over
     all streams,): a program that finds none, as most do, has next to nothing to do, so each one looks far."""
-    blocks = 0
-    for t in tl.static_range(len(q_ptrs)):
-        blocks += tl.cdiv(LENGTHS[t], REACH)
-    head = tl.program_id(0) // blocks % HEADS
-    batch = (tl.program_id(0) // blocks // HEADS).to(tl.int64)
-    block = tl.program_id(0) % blocks
+    batch, head, block = place(LENGTHS, REACH, HEADS)
     i, q_ptr, length, q_stride, first = stream_of(block, q_ptrs, LENGTHS, Q_STRIDES_, REACH)
     _, o_ptr, _, _, _ = stream_of(block, o_ptrs, LENGTHS, Q_STRIDES_, REACH)
     _, lse_ptr, _, _, _ = stream_of(block, lse_ptrs, LENGTHS, Q_STRIDES_, REACH)
@@ -286,12 +281,7 @@ def joint_attention_fwd_body(
     COLS,
 ):
     """Grid (B * H * blocks of QUERIES tokens over all streams,)."""
-    blocks = 0
-    for t in tl.static_range(len(q_ptrs)):
-        blocks += tl.cdiv(LENGTHS[t], QUERIES)
-    head = tl.program_id(0) // blocks % HEADS
-    batch = (tl.program_id(0) // blocks // HEADS).to(tl.int64)
-    block = tl.program_id(0) % blocks
+    batch, head, block = place(LENGTHS, QUERIES, HEADS)
     i, q_ptr, length, q_stride, first = stream_of(block, q_ptrs, LENGTHS, Q_STRIDES_, QUERIES)
     _, o_ptr, _, _, _ = stream_of(block, o_ptrs, LENGTHS, Q_STRIDES_, QUERIES)
     _, lse_ptr, _, _, _ = stream_of(block, lse_ptrs, LENGTHS, Q_STRIDES_, QUERIES)

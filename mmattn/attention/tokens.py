@@ -8,6 +8,17 @@ INVERSE_FACTORIALS = tl.constexpr((1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 
 
 
 @triton.jit
+def place(LENGTHS, SIZE: tl.constexpr, HEADS: tl.constexpr):
+    """Sample, head and block of the program, of a grid of HEADS times all streams' blocks of SIZE tokens for each sample."""
+    blocks = 0
+    for t in tl.static_range(len(LENGTHS)):
+        blocks += tl.cdiv(LENGTHS[t], SIZE)
+    head = tl.program_id(0) // blocks % HEADS
+    batch = (tl.program_id(0) // blocks // HEADS).to(tl.int64)
+    return batch, head, tl.program_id(0) % blocks
+
+
+@triton.jit
 def stream_of(block, ptrs, LENGTHS, STRIDES_, SIZE: tl.constexpr):
     """Which stream a block of SIZE tokens, counted over all streams, belongs to: its number, pointer, length, row stride and
     the block's first token."""
