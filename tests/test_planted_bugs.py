@@ -58,9 +58,16 @@ BUGS = [
     Bug(
         "keys after a hole dropped",
         "joint_attention-scattered-key-masks-causal",
-        FORWARD,
+        TOKENS,
         "last = tl.max(lasts, 0)",
         "last = lead",
+    ),
+    Bug(
+        "queries after a hole dropped",
+        "joint_attention-scattered-key-masks",
+        BACKWARD,
+        "tl.maximum(begin, plain), end * busy",
+        "tl.maximum(begin, plain), plain",
     ),
     Bug("no rescaling", "joint_attention-over-the-gate", FORWARD, "accumulate(acc, decay, ", "accumulate(acc, 1.0, "),
     Bug("key mask dropped", "joint_attention-one-key-mask", TOKENS, "inside &= tl.load(key_mask_ptr", "tl.load(key_mask_ptr"),

@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 from .._triton import tl, triton
-from .tokens import accumulate, allowed, kept, load_queries, load_tokens, pair_sum, place, power, products, stream_of
+from .tokens import (
+    accumulate,
+    allowed,
+    awake,
+    kept,
+    kept_range,
+    load_queries,
+    load_tokens,
+    pair_sum,
+    place,
+    power,
+    products,
+    stream_of,
+)
 
 PAD: tl.constexpr = tl.constexpr(128)  # rows of statistics are padded to a multiple of this, so that no load of them is masked
 
@@ -108,18 +121,16 @@ def products_from(start, x, y, PRECISION: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def gather_queries(
-    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, query_mask_ptr, mask_ptr, rows_ptr, cols_ptr, batch, row,
-    i, t, start, key, length, first_length, q_stride, do_stride,
-    SCALE: tl.constexpr, WIDTH: tl.constexpr, QUERY_MASKED: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr, EXACT: tl.constexpr, QUERIES: tl.constexpr, COLS: tl.constexpr,
+    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, mask_ptr, rows_ptr, cols_ptr, batch, row,
+    i, t, query, keep, key, length, first_length, q_stride, do_stride,
+    SCALE: tl.constexpr, WIDTH: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """dk and dv [KEYS, COLS] with what one block of queries adds; scores are held transposed, [KEYS, QUERIES].
 
-    Behind the last query P is 0, so masks are for loads only and no block is peeled.
+    keep: the queries to read [QUERIES]; the others have P = 0, or read as 0.
     """
-    query = start + tl.arange(0, QUERIES)
     cols = tl.arange(0, COLS)
-    keep = kept(query_mask_ptr, batch, query, length, QUERY_MASKED)
     q = load_tokens(q_ptr, batch, query, length, q_stride, cols, WIDTH, keep, False).to(v.dtype)  # [QUERIES, COLS]
     do = load_tokens(do_ptr, batch, query, length, do_stride, cols, WIDTH, keep, False)
     minus_shift, factor, minus_delta = load_row_statistics(lse_ptr, delta_ptr, row, query, length, EXACT)  # [QUERIES]
@@ -181,25 +192,42 @@ def joint_attention_bwd_dkdv_body(
     keep = key < length
     if key_masked:
         keep = kept(key_mask_ptr, batch, key, length, True)
+    busy = awake(keep, key_masked)
     v = load_tokens(v_ptr + head * WIDTH + V_AT, batch, key, length, v_stride, cols, WIDTH, keep, False)  # [KEYS, COLS]
     k = load_tokens(k_ptr + head * WIDTH, batch, key, length, k_stride, cols, WIDTH, keep, False).to(v.dtype)
     dk = tl.zeros((KEYS, COLS), tl.float32)
     dv = tl.zeros((KEYS, COLS), tl.float32)
     for i in tl.static_range(len(q_ptrs)):
+        lead, end = kept_range(key_mask_ptrs[i], batch, LENGTHS[i], KEY_MASKS_[i])
+        begin = 0
+        if CAUSAL:
+            begin = tl.where(i == t, first // QUERIES * QUERIES, 0)
+        # Up to here no block holds a masked query before one that counts; it is the end if the mask is padding.
+        plain = lead
+        if KEY_MASKS_[i]:
+            plain = tl.where(end > lead, lead // QUERIES * QUERIES, lead) * busy
         for of_group in range(GROUP):
             query_head = head * GROUP + of_group
             q_ptr = q_ptrs[i] + query_head * WIDTH
             do_ptr = do_ptrs[i] + query_head * WIDTH
             row = batch * HEADS + query_head
-            begin = 0
-            if CAUSAL:
-                begin = tl.where(i == t, first // QUERIES * QUERIES, 0)
-            for start in range(begin, LENGTHS[i], QUERIES):
+            # P is 0 behind the last query that counts, so masks are for loads only and no block is peeled.
+            for start in range(begin, plain, QUERIES):
+                query = start + tl.arange(0, QUERIES)
                 dk, dv = gather_queries(
-                    dk, dv, k, v, q_ptr, do_ptr, lse_ptrs[i], delta_ptrs[i], key_mask_ptrs[i], mask_ptr, rows_ptr, cols_ptr,
-                    batch, row, i, t, start, key, LENGTHS[i], LENGTHS[0], Q_STRIDES_[i], HEADS * WIDTH,
-                    SCALE, WIDTH, KEY_MASKS_[i], CAUSAL, MASKED, PRECISION, EXACT, QUERIES, COLS,
+                    dk, dv, k, v, q_ptr, do_ptr, lse_ptrs[i], delta_ptrs[i], mask_ptr, rows_ptr, cols_ptr,
+                    batch, row, i, t, query, query < plain, key, LENGTHS[i], LENGTHS[0], Q_STRIDES_[i], HEADS * WIDTH,
+                    SCALE, WIDTH, CAUSAL, MASKED, PRECISION, EXACT, COLS,
                 )  # fmt: skip
+            if KEY_MASKS_[i]:
+                for start in range(tl.maximum(begin, plain), end * busy, QUERIES):
+                    query = start + tl.arange(0, QUERIES)
+                    rest = kept(key_mask_ptrs[i], batch, query, LENGTHS[i], True)
+                    dk, dv = gather_queries(
+                        dk, dv, k, v, q_ptr, do_ptr, lse_ptrs[i], delta_ptrs[i], mask_ptr, rows_ptr, cols_ptr,
+                        batch, row, i, t, query, rest, key, LENGTHS[i], LENGTHS[0], Q_STRIDES_[i], HEADS * WIDTH,
+                        SCALE, WIDTH, CAUSAL, MASKED, PRECISION, EXACT, COLS,
+                    )  # fmt: skip
     dk = tl.where(keep[:, None], dk * DK_SCALE, 0.0)
     dv = tl.where(keep[:, None], dv, 0.0)
     at = (batch * length + key)[:, None] * (kv_heads * WIDTH) + head * WIDTH + cols[None, :]
@@ -281,6 +309,7 @@ def joint_attention_bwd_dq_body(
     query, keep, q = load_queries(
         q_ptr + head * WIDTH, query_mask_ptr, batch, first, length, q_stride, query_masked, WIDTH, QUERIES, COLS
     )
+    busy = awake(keep, query_masked)
     cols = tl.arange(0, COLS)
     q = q.to(v_ptrs[0].dtype.element_ty)
     do = load_tokens(do_ptr + head * WIDTH, batch, query, length, HEADS * WIDTH, cols, WIDTH, keep, False)
@@ -290,22 +319,22 @@ def joint_attention_bwd_dq_body(
         for t in tl.static_range(len(k_ptrs)):
             k_ptr = k_ptrs[t] + head // GROUP * WIDTH
             v_ptr = v_ptrs[t] + head // GROUP * WIDTH + V_AT
-            end = LENGTHS[t] + 0
+            lead, end = kept_range(key_mask_ptrs[t], batch, LENGTHS[t], KEY_MASKS_[t])
             if CAUSAL:
-                end = tl.where(i == t, tl.minimum(LENGTHS[t], first + QUERIES), LENGTHS[t])
-            full = end // KEYS * KEYS
+                end = tl.where(i == t, tl.minimum(end, first + QUERIES), end)
+            end = end * busy
+            full = tl.minimum(lead, end) // KEYS * KEYS
             for start in range(0, full, KEYS):
                 acc = gather_keys(
                     acc, q, do, minus_shift, factor, minus_delta, k_ptr, v_ptr, key_mask_ptrs[t], mask_ptr, rows_ptr, cols_ptr,
-                    batch, i, t, query, start,
-                    LENGTHS[t], LENGTHS[0], K_STRIDES_[t], V_STRIDES_[t],
-                    SCALE, WIDTH, KEY_MASKS_[t], CAUSAL, MASKED, PRECISION, EXACT, KEYS, COLS, False, DELTA,
+                    batch, i, t, query, start, LENGTHS[t], LENGTHS[0], K_STRIDES_[t], V_STRIDES_[t],
+                    SCALE, WIDTH, False, CAUSAL, MASKED, PRECISION, EXACT, KEYS, COLS, False, DELTA,
                 )  # fmt: skip
-            if full < end:
+            # The tail, and with a key mask all that follows the first masked key.
+            for start in tl.range(full, end, KEYS, num_stages=1):
                 acc = gather_keys(
                     acc, q, do, minus_shift, factor, minus_delta, k_ptr, v_ptr, key_mask_ptrs[t], mask_ptr, rows_ptr, cols_ptr,
-                    batch, i, t, query, full,
-                    LENGTHS[t], LENGTHS[0], K_STRIDES_[t], V_STRIDES_[t],
+                    batch, i, t, query, start, LENGTHS[t], LENGTHS[0], K_STRIDES_[t], V_STRIDES_[t],
                     SCALE, WIDTH, KEY_MASKS_[t], CAUSAL, MASKED, PRECISION, EXACT, KEYS, COLS, True, DELTA,
                 )  # fmt: skip
         if DELTA:

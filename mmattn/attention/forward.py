@@ -20,7 +20,21 @@ from __future__ import annotations
 import math
 
 from .._triton import tl, triton
-from .tokens import accumulate, allowed, kept, load_queries, load_tokens, place, power, products, row_sum, scaled, stream_of
+from .tokens import (
+    accumulate,
+    allowed,
+    awake,
+    kept,
+    kept_range,
+    load_queries,
+    load_tokens,
+    place,
+    power,
+    products,
+    row_sum,
+    scaled,
+    stream_of,
+)
 
 LN2: tl.constexpr = tl.constexpr(math.log(2))
 
@@ -40,24 +54,6 @@ def load_keys(
         k = tl.where(keep[:, None], k, 0.0)
         v = tl.where(keep[:, None], v, 0.0)
     return k, v, keep
-
-
-@triton.jit
-def kept_range(key_mask_ptr, batch, length, KEY_MASKED: tl.constexpr):
-    """How many keys come before the first that does not count, and how many up to the last that does."""
-    lead = length + 0
-    last = length + 0
-    if KEY_MASKED:
-        leads = tl.zeros((1024,), tl.int32) + length
-        lasts = tl.zeros((1024,), tl.int32)
-        for start in tl.range(0, length, 1024, num_stages=1):
-            key = start + tl.arange(0, 1024)
-            keep = kept(key_mask_ptr, batch, key, length, True)
-            leads = tl.where(keep | (key >= length), leads, tl.minimum(leads, key))
-            lasts = tl.where(keep, key + 1, lasts)
-        lead = tl.min(leads, 0)
-        last = tl.max(lasts, 0)
-    return lead, last
 
 
 @triton.jit
@@ -297,6 +293,7 @@ def joint_attention_fwd_body(
         query, keep, q = load_queries(
             q_ptr + head * WIDTH, query_mask_ptr, batch, first, length, q_stride, query_masked, WIDTH, QUERIES, COLS
         )
+        busy = awake(keep, query_masked)
         q = q.to(v_ptrs[0].dtype.element_ty)
         by_dot: tl.constexpr = COLS <= 32
         acc = tl.zeros((QUERIES, COLS), tl.float32)
@@ -327,6 +324,7 @@ def joint_attention_fwd_body(
                 lead, end = kept_range(key_mask_ptrs[t], batch, LENGTHS[t], KEY_MASKS_[t])
                 if CAUSAL:
                     end = tl.where(i == t, tl.minimum(end, first + QUERIES), end)
+                end = end * busy
                 full = tl.minimum(lead, end) // KEYS * KEYS
                 for start in range(0, full, KEYS):
                     k, v, kept_keys = load_keys(

@@ -131,6 +131,33 @@ def kept(key_mask_ptr, batch, tokens, length, MASKED: tl.constexpr):
 
 
 @triton.jit
+def kept_range(key_mask_ptr, batch, length, KEY_MASKED: tl.constexpr):
+    """How many tokens come before the first that does not count, and how many up to the last that does."""
+    lead = length + 0
+    last = length + 0
+    if KEY_MASKED:
+        leads = tl.zeros((1024,), tl.int32) + length
+        lasts = tl.zeros((1024,), tl.int32)
+        for start in tl.range(0, length, 1024, num_stages=1):
+            token = start + tl.arange(0, 1024)
+            keep = kept(key_mask_ptr, batch, token, length, True)
+            leads = tl.where(keep | (token >= length), leads, tl.minimum(leads, token))
+            lasts = tl.where(keep, token + 1, lasts)
+        lead = tl.min(leads, 0)
+        last = tl.max(lasts, 0)
+    return lead, last
+
+
+@triton.jit
+def awake(keep, masked):
+    """1; 0 where a block of a masked stream has no token that counts, so that its program has nothing to do."""
+    some = 1
+    if masked:
+        some = tl.max(keep.to(tl.int32), 0)
+    return some
+
+
+@triton.jit
 def allowed(mask_ptr, rows_ptr, cols_ptr, batch, i, t, query, key, length, CAUSAL: tl.constexpr, MASKED: tl.constexpr):
     """Whether query tokens of stream i may attend to key tokens of stream t; `query` and `key` broadcast to the tile.
 
