@@ -372,6 +372,7 @@ def joint_attention_cases():
     yield case("zeros", heads(1, 2, 16, 37, 5, qk=dict(std=0.0)))
     yield case("one-key", heads(2, 1, 16, 37, real=((1, 37),)) | key_masks((37,), ((1, 37),)))
     yield case("scattered-key-masks", heads(2, 1, 16, 70, 130) | scattered(2, 70, 130))
+    yield case("scattered-key-masks-64", heads(1, 1, 64, 130) | scattered(1, 130))
     yield case("scattered-key-masks-causal", heads(1, 1, 64, 130) | scattered(1, 130), dict(causal=True))
     yield case("packed", {name: Part((2, 37, 3, 2, 16), part) for part, name in enumerate("qkv")})
     grouped = lambda *shape: heads(*shape) | {name: heads(shape[0], 2, *shape[2:])[name] for name in "kv"}

@@ -52,9 +52,16 @@ BUGS = [
     Bug("gate forgotten", "gated_residual-37x48", "residual.py", "(gate[None, :] * dout)", "dout"),
     Bug("rotation not undone", "qk_norm_rope-seed", ROPE, "turn(u_a, u_b, c, -s)", "turn(u_a, u_b, c, s)"),
     Bug("start position dropped", "qk_norm_rope-seed", ROPE, "    if STARTED:\n", "    if False:\n"),
-    Bug("gate dropped", "joint_attention-over-the-gate", FORWARD, "if in_range(acc, sums, keep, keys, ", "if (keys > 0) | ("),
+    Bug(
+        "gate dropped",
+        "joint_attention-over-the-gate",
+        FORWARD,
+        "if in_range(acc, sums, keep, keys, hidden, ",
+        "if (keys > 0) | (",
+    ),
     Bug("underflow accepted", "joint_attention-under-the-gate", FORWARD, "(total >= least)", "(total >= 0.0)"),
-    Bug("masked keys counted", "joint_attention-key-masks", FORWARD, "tl.where(keep[:, None], counts, 0.0)", "counts"),
+    Bug("masked keys counted", "joint_attention-scattered-key-masks-64", FORWARD, "- real * busy", "- end"),
+    Bug("tail counted", "joint_attention-key-masks", FORWARD, "- (tl.sum(real, 0) if KEY_MASKS_[t] else LENGTHS[t])", "* 0"),
     Bug(
         "keys after a hole dropped",
         "joint_attention-scattered-key-masks-causal",

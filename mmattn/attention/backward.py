@@ -198,7 +198,7 @@ def joint_attention_bwd_dkdv_body(
     dk = tl.zeros((KEYS, COLS), tl.float32)
     dv = tl.zeros((KEYS, COLS), tl.float32)
     for i in tl.static_range(len(q_ptrs)):
-        lead, end = kept_range(key_mask_ptrs[i], batch, LENGTHS[i], KEY_MASKS_[i])
+        lead, end, _ = kept_range(key_mask_ptrs[i], batch, LENGTHS[i], KEY_MASKS_[i])
         begin = 0
         if CAUSAL:
             begin = tl.where(i == t, first // QUERIES * QUERIES, 0)
@@ -319,7 +319,7 @@ def joint_attention_bwd_dq_body(
         for t in tl.static_range(len(k_ptrs)):
             k_ptr = k_ptrs[t] + head // GROUP * WIDTH
             v_ptr = v_ptrs[t] + head // GROUP * WIDTH + V_AT
-            lead, end = kept_range(key_mask_ptrs[t], batch, LENGTHS[t], KEY_MASKS_[t])
+            lead, end, _ = kept_range(key_mask_ptrs[t], batch, LENGTHS[t], KEY_MASKS_[t])
             if CAUSAL:
                 end = tl.where(i == t, tl.minimum(end, first + QUERIES), end)
             end = end * busy

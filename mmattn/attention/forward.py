@@ -12,6 +12,8 @@ Proof that a row in range is as exact as a shifted one. Let n be the number of k
 - No 2^s_j <= r overflowed, as r <= 2^64; no partial sum of P v did, as the output is finite before its division.
 - An exponential below u is lost: at most u / 2 of r each, n u / (2 r) of the row. With r >= 2^-64 and u = 2^-126 (bfloat16 and
   float32) that is n 2^-63. In float16 P is a multiple of u = 2^-24, so r >= n 2^-12 is asked for: 2^-13, a quarter of an ulp.
+- A key that does not count is read as k = v = 0: it puts 2^0 = 1 into the sum and nothing into the output, and no score need be
+  masked. Those ones are subtracted from r; where they are at most 16 r, the sum's rounding grows to 17 times 2^-24 of r at most.
 - Every other rounding is relative to its term, shifted or not.
 """
 
@@ -63,30 +65,31 @@ def gather(
 ):  # fmt: skip
     """One block of keys without a shift: output [QUERIES, COLS] and, in eight columns, row sum [QUERIES, 8].
 
-    Keys that do not count have v = 0. Where the tensor cores have time (BY_DOT), they sum the rows, as a product with a tile
-    that is 1 for each key that counts, so that a mask costs nothing per score. Else every thread adds what it holds.
+    Where the tensor cores have time (BY_DOT), they sum the rows, as a product with a tile of ones. Else every thread adds what
+    it holds. Keys that do not count are 0 and add 1 to the sum, but in causal attention, which masks scores anyway.
     """
     p = tl.exp2(scaled(tl.dot(q, tl.trans(k), input_precision=PRECISION), SCALE))  # [QUERIES, KEYS]
     if CAUSAL:
         key = start + tl.arange(0, k.shape[0])
-        p = tl.where((query[:, None] >= key[None, :]) | (i != t), p, 0.0)
+        valid = (query[:, None] >= key[None, :]) | (i != t)
+        if not WHOLE:
+            valid &= keep[None, :]
+        p = tl.where(valid, p, 0.0)
     if BY_DOT:
-        counts = tl.full((k.shape[0], 8), 1.0, tl.float32)
-        if not WHOLE:
-            counts = tl.where(keep[:, None], counts, 0.0)
-        total = tl.dot(p.to(v.dtype), counts.to(v.dtype), total, input_precision=PRECISION)
+        total = tl.dot(p.to(v.dtype), tl.full((k.shape[0], 8), 1.0, v.dtype), total, input_precision=PRECISION)
     else:
-        if not WHOLE:
-            p = tl.where(keep[None, :], p, 0.0)
         total += tl.sum(tl.reshape(p, (p.shape[0], p.shape[1] // 8, 8)), 1)
     return tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION), total
 
 
 @triton.jit
-def in_range(acc, total, keep, keys, HALF: tl.constexpr):
-    """Whether every row that counts came out as exact as a shifted one (see the module's text)."""
+def in_range(acc, total, keep, keys, hidden, HALF: tl.constexpr):
+    """Whether every row that counts came out as exact as a shifted one (see the module's text).
+
+    hidden: keys that do not count.
+    """
     least = keys * (1.0 / 4096) if HALF else 1 / 2.0**64
-    good = ((total >= least) & (total <= 2.0**64)) | ~keep
+    good = ((total >= least) & (total <= 2.0**64) & (total * 16.0 >= hidden)) | ~keep
     finite = tl.min(tl.ravel((tl.abs(acc) <= 2.0**126).to(tl.int32)), 0)  # by rows it crashes the compiler for sm_100
     return tl.min(good.to(tl.int32) & finite, 0) != 0
 
@@ -299,6 +302,7 @@ def joint_attention_fwd_body(
         acc = tl.zeros((QUERIES, COLS), tl.float32)
         total = tl.zeros((QUERIES, 8), tl.float32)
         keys = 0
+        hidden = 0  # keys that do not count, but have added 1 to each sum
         for t in tl.static_range(len(k_ptrs)):
             keys += LENGTHS[t]
             k_ptr = k_ptrs[t] + head // GROUP * WIDTH
@@ -307,6 +311,7 @@ def joint_attention_fwd_body(
                 ks = ()
                 vs = ()
                 keeps = ()
+                real = tl.zeros((KEYS,), tl.int32)
                 for j in tl.static_range(KEY_BLOCKS_[t]):
                     k, v, kept_keys = load_keys(
                         k_ptr, v_ptr, key_mask_ptrs[t], batch, j * KEYS, LENGTHS[t], K_STRIDES_[t], V_STRIDES_[t],
@@ -315,16 +320,20 @@ def joint_attention_fwd_body(
                     ks = ks + (k,)
                     vs = vs + (v,)
                     keeps = keeps + (kept_keys,)
+                    real += kept_keys.to(tl.int32)
+                hidden += KEY_BLOCKS_[t] * KEYS - (tl.sum(real, 0) if KEY_MASKS_[t] else LENGTHS[t])
                 for j in tl.static_range(KEY_BLOCKS_[t]):
                     acc, total = gather(
                         acc, total, q, ks[j], vs[j], keeps[j], query, j * KEYS, i, t,
                         SCALE, CAUSAL, PRECISION, not (KEY_MASKS_[t] or j == KEY_BLOCKS_[t] - 1), by_dot,
                     )  # fmt: skip
             else:
-                lead, end = kept_range(key_mask_ptrs[t], batch, LENGTHS[t], KEY_MASKS_[t])
+                lead, end, real = kept_range(key_mask_ptrs[t], batch, LENGTHS[t], KEY_MASKS_[t])
                 if CAUSAL:
                     end = tl.where(i == t, tl.minimum(end, first + QUERIES), end)
                 end = end * busy
+                if not CAUSAL:
+                    hidden += tl.cdiv(end, KEYS) * KEYS - real * busy
                 full = tl.minimum(lead, end) // KEYS * KEYS
                 for start in range(0, full, KEYS):
                     k, v, kept_keys = load_keys(
@@ -343,8 +352,8 @@ def joint_attention_fwd_body(
                     acc, total = gather(
                         acc, total, q, k, v, kept_keys, query, start, i, t, SCALE, CAUSAL, PRECISION, False, by_dot
                     )
-        sums = tl.max(total, 1) if by_dot else tl.sum(total, 1)
-        if in_range(acc, sums, keep, keys, v_ptrs[0].dtype.element_ty == tl.float16):
+        sums = (tl.max(total, 1) if by_dot else tl.sum(total, 1)) - hidden
+        if in_range(acc, sums, keep, keys, hidden, v_ptrs[0].dtype.element_ty == tl.float16):
             store_rows(
                 acc, sums, tl.zeros_like(sums), keep, query, batch, head, length, o_ptr, lse_ptr, log_ptr,
                 HEADS, WIDTH, EXACT, LOGS, COLS,

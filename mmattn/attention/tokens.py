@@ -132,20 +132,24 @@ def kept(key_mask_ptr, batch, tokens, length, MASKED: tl.constexpr):
 
 @triton.jit
 def kept_range(key_mask_ptr, batch, length, KEY_MASKED: tl.constexpr):
-    """How many tokens come before the first that does not count, and how many up to the last that does."""
+    """How many tokens come before the first that does not count, how many up to the last that does, and how many count."""
     lead = length + 0
     last = length + 0
+    count = length + 0
     if KEY_MASKED:
         leads = tl.zeros((1024,), tl.int32) + length
         lasts = tl.zeros((1024,), tl.int32)
+        counts = tl.zeros((1024,), tl.int32)
         for start in tl.range(0, length, 1024, num_stages=1):
             token = start + tl.arange(0, 1024)
             keep = kept(key_mask_ptr, batch, token, length, True)
             leads = tl.where(keep | (token >= length), leads, tl.minimum(leads, token))
             lasts = tl.where(keep, token + 1, lasts)
+            counts += keep.to(tl.int32)
         lead = tl.min(leads, 0)
         last = tl.max(lasts, 0)
-    return lead, last
+        count = tl.sum(counts, 0)
+    return lead, last, count
 
 
 @triton.jit
