@@ -32,7 +32,7 @@ def main() -> None:
     tune.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     tune.add_argument("--limit-s", type=float, help="seconds after which nothing new is timed; what is settled is stored")
     tune.add_argument("--workers", type=int, default=0, help="compile in so many processes first")
-    tune.add_argument("--warm", action="store_true", help="store nothing, what such a process does")
+    tune.add_argument("--part", nargs=2, type=int, metavar=("I", "N"), help="compile only, every N-th candidate: such a process")
 
     plot = commands.add_parser("plot", help="draw docs/figures/<op>.png from the newest rows")
     plot.add_argument("files", nargs="*", type=Path, help="default: bench/results/*.jsonl")
@@ -48,7 +48,7 @@ def main() -> None:
     if arguments.command == "tune":
         from .tune import tune
 
-        tune(arguments.what, arguments.shapes, arguments.dtype, arguments.limit_s, arguments.workers, arguments.warm)
+        tune(arguments.what, arguments.shapes, arguments.dtype, arguments.limit_s, arguments.workers, arguments.part)
         return
 
     from .providers import PROVIDERS

@@ -6,6 +6,7 @@ import math
 import pkgutil
 import sys
 import time
+from contextlib import suppress
 from importlib import import_module
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ import mmattn_torch
 from mmattn import tuned
 
 from . import shapes, timing
-from .providers import Problem, Work, count, exact, ours_jax, ours_torch, problem
+from .providers import Problem, Work, exact, ours_jax, ours_torch, problem
 from .run import clear, jax_function, reason, relative_error, together, torch_calls
 
 
@@ -38,95 +39,112 @@ def candidates(key: tuned.Key) -> list[tuned.Config]:
     return [tuned.Config(*c) for room in modules if hasattr(room, "candidates") for c in room.candidates(key)]
 
 
-def keys_of(p: Problem) -> list[tuned.Key]:
-    """The keys that the problem's plans look up and that there is a choice for."""
+def keys_of(p: Problem) -> dict[tuned.Key, str]:
+    """The keys that there is a choice for, and the mode whose launches look each one up."""
     forget()
-    tuned.asked.clear()
-    count(p)
-    return [key for key in tuned.asked if len(candidates(key)) > 1]
+    work, modes = ours_torch(p), {}
+    for mode in ("fwd", "bwd"):
+        call = torch_calls(work, mode)[0]
+        tuned.asked.clear()
+        call()
+        modes |= dict.fromkeys((key for key in tuned.asked if len(candidates(key)) > 1), mode)
+    return modes
 
 
 class Trial(NamedTuple):
-    """A problem, what its results should be, and how far from that the present configuration is, for each mode."""
+    """A key on a problem: the mode that it matters to, its results in float64, and how far from them the present choice is."""
 
     problem: Problem
-    exact: dict[str, tuple]
-    errors: dict[str, float]
+    key: tuned.Key
+    mode: str
+    exact: tuple
+    error: float
 
 
-def trial(p: Problem) -> Trial:
-    modes, work = ("fwd", "bwd"), ours_torch(p)
-    results = {mode: exact(p, mode) for mode in modes}
-    return Trial(p, results, {mode: relative_error(p, mode, work, torch_calls(work, mode)[0](), results[mode]) for mode in modes})
+def trial(p: Problem, key: tuned.Key, mode: str) -> Trial:
+    forget()
+    work, results = ours_torch(p), exact(p, mode)
+    return Trial(p, key, mode, results, relative_error(p, mode, work, torch_calls(work, mode)[0](), results))
 
 
-def checked(t: Trial, work: Work, mode: str, results) -> None:
+def checked(t: Trial, work: Work, results) -> None:
     """A configuration changes the order of sums, which moves errors a little; more is a miscompiled kernel."""
-    relative_error(t.problem, mode, work, results, t.exact[mode], 1.5 * t.errors[mode])
+    relative_error(t.problem, t.mode, work, results, t.exact, 1.5 * t.error)
 
 
-def microseconds(t: Trial, key: tuned.Key, config: tuned.Config) -> float:
-    """Device time of forward and backward, each checked first."""
+def microseconds(t: Trial, config: tuned.Config) -> float:
+    """Device time of the mode, checked first."""
     forget()
-    with tuned.trying(key, config):
-        work, total = ours_torch(t.problem), 0.0
-        for mode in t.exact:
-            calls = torch_calls(work, mode)
-            checked(t, work, mode, calls[0]())
-            total += timing.quantiles(timing.graph(calls))[1]
-    return total
+    with tuned.trying(t.key, config):
+        work = ours_torch(t.problem)
+        calls = torch_calls(work, t.mode)
+        checked(t, work, calls[0]())
+        return timing.quantiles(timing.graph(calls))[1]
 
 
-def check_jax(t: Trial, key: tuned.Key, config: tuned.Config) -> None:
+def check_jax(t: Trial, config: tuned.Config) -> None:
     forget()
-    with tuned.trying(key, config):
+    with tuned.trying(t.key, config):
         work = ours_jax(t.problem)
-        for mode in t.exact:
-            fn, sets = jax_function(work, mode)
-            checked(t, work, mode, jax.block_until_ready(jax.jit(fn)(*sets[0])))
+        fn, sets = jax_function(work, t.mode)
+        checked(t, work, jax.block_until_ready(jax.jit(fn)(*sets[0])))
 
 
-def tune(what: str, shape_names: list[str] | None, dtype: str, limit_s: float | None, workers: int, warm: bool) -> None:
+def compile_part(op: str, name: str, dtype: str, first: int, step: int) -> None:
+    """Run every `step`-th candidate once: what it compiles stays on disk."""
+    p = problem(op, name, getattr(torch, dtype), hot=True)
+    trials = [(key, mode, config) for key, mode in keys_of(p).items() for config in candidates(key)]
+    for key, mode, config in trials[first::step]:
+        forget()
+        with suppress(Exception), tuned.trying(key, config):  # the measurement itself will say
+            torch_calls(ours_torch(p), mode)[0]()
+
+
+def tune(what: str, names: list[str] | None, dtype: str, limit_s: float | None, workers: int, part: list[int] | None) -> None:
     mmattn_torch.implementation("triton")
     mmattn_jax.implementation("triton")
     functorch_config.donated_buffer = False
     deadline = None if limit_s is None else time.monotonic() + limit_s
-    cases = shapes.cases(what, shape_names)
+    cases = shapes.cases(what, names)
+    if part:
+        for op, name in cases:
+            compile_part(op, name, dtype, *part)
+        return
     if workers:
-        together([["tune", op, "--shapes", name, "--dtype", dtype, "--warm"] for op, name in cases], workers)
+        how = ["--shapes", *names] if names else []
+        together([["tune", what, *how, "--dtype", dtype, "--part", str(i), str(workers)] for i in range(workers)], workers)
     times: dict[tuned.Key, dict[int, list[float]]] = {}  # of each candidate, over the shapes that share a key
     for op, name in cases:
         try:
-            p = problem(op, name, getattr(torch, dtype), hot=warm)
-            keys, t = keys_of(p), trial(p)
+            p = problem(op, name, getattr(torch, dtype), hot=False)
+            trials = [trial(p, key, mode) for key, mode in keys_of(p).items()]
         except Exception as error:
             print(f"{op} {name} skipped: {reason(error)}", flush=True)
             continue
-        for key in keys:
-            for i, config in enumerate(candidates(key)):
+        for t in trials:
+            for i, config in enumerate(candidates(t.key)):
                 if deadline is not None and time.monotonic() > deadline:
-                    print(f"time is up: {key} on {op} {name} and what follows not measured", flush=True)
+                    print(f"time is up: {t.key} on {op} {name} and what follows not measured", flush=True)
                     return
                 try:
-                    us = microseconds(t, key, config)
+                    us = microseconds(t, config)
                 except Exception as error:
-                    print(f"{op} {name} {key} {config} refused: {reason(error)}", flush=True)
+                    print(f"{op} {name} {t.key} {config} refused: {reason(error)}", flush=True)
                     us = math.inf
-                times.setdefault(key, {}).setdefault(i, []).append(us)
-                print(f"{op} {name} {key} {config}: {us:.2f} us", flush=True)
-            if not warm:
-                settle(key, times[key], t)
+                times.setdefault(t.key, {}).setdefault(i, []).append(us)
+                print(f"{op} {name} {t.key} {config}: {us:.2f} us", flush=True)
+            settle(t, times[t.key])
 
 
-def settle(key: tuned.Key, times: dict[int, list[float]], t: Trial) -> None:
+def settle(t: Trial, times: dict[int, list[float]]) -> None:
     """Store the candidate with the smallest geometric mean that also passes in JAX; a refused one has an infinite time."""
-    offered = candidates(key)
+    key, offered = t.key, candidates(t.key)
     mean = lambda i: sum(map(math.log, times[i]))
     for i in sorted(times, key=mean):
         if mean(i) == math.inf:
             break
         try:
-            check_jax(t, key, offered[i])
+            check_jax(t, offered[i])
         except Exception as error:
             print(f"{key} {offered[i]} refused in JAX: {reason(error)}", flush=True)
             continue
