@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from functools import cache
 
+from .. import tuned
 from ..op import UNUSED, Plan, Spec, Target, aligned, cdiv, next_power_of_2, row_stride, spec
 from ..streams import integers, over_streams
 from .backward import PAD, attention_delta_body, joint_attention_bwd_dkdv_body, joint_attention_bwd_dq_body
@@ -32,6 +33,7 @@ def tiles(kind: str, d: int, dtype: str, precision: str) -> tuple[dict[str, int]
 
 
 SHORT = 256  # joint lengths up to which all keys of a head are loaded at once
+MIDDLE = 1024  # up to which few queries a program keep the GPU busy
 
 
 def unshifted_tiles(d: int, dtype: str, keys: int, masked: bool) -> tuple[dict[str, int], int, int]:
@@ -47,7 +49,7 @@ def unshifted_tiles(d: int, dtype: str, keys: int, masked: bool) -> tuple[dict[s
     if keys <= SHORT and cols <= 32:
         return dict(QUERIES=64, KEYS=64, COLS=cols), 4, 1
     if cols == 16:
-        return dict(QUERIES=64 if keys <= 1024 else 128, KEYS=64, COLS=cols), 2, 3
+        return dict(QUERIES=64 if keys <= MIDDLE else 128, KEYS=64, COLS=cols), 2, 3
     if cols == 32:
         return dict(QUERIES=64, KEYS=64, COLS=cols), 4, 3
     if cols == 64:
@@ -65,7 +67,7 @@ def backward_tiles(kind: str, d: int, keys: int, masked: bool) -> tuple[dict[str
     tile = lambda queries, keys: dict(QUERIES=queries, KEYS=keys, COLS=cols)
     if kind == "single":
         return tile(64, 64), 4, 1
-    if cols == 16 and keys <= 1024:
+    if cols == 16 and keys <= MIDDLE:
         return (tile(32, 64) if kind == "dkdv" else tile(64, 32)), 2, 3
     if cols <= 64:
         return tile(64, 64), 4, 3
@@ -74,15 +76,29 @@ def backward_tiles(kind: str, d: int, keys: int, masked: bool) -> tuple[dict[str
     return (tile(64, 64), 8, 2) if masked else (tile(128, 64), 8, 3)  # a mask's registers spill there
 
 
-def configuration(a, kind: str, causal: bool, precision: str) -> tuple[dict[str, int], int, int]:
+def configuration(target: Target, a, kind: str, causal: bool, precision: str) -> tuple[dict[str, int], int, int]:
     """Tile, warps and stages of a kernel: "fwd", with a running maximum, "unshifted", "single", "dq" or "dkdv"."""
     d, dtype, keys = a.q[0].shape[3], spec(a.v[0]).dtype, sum(lengths(a))
-    masked = a.attn_mask is not None or causal
-    if kind == "unshifted":
-        return unshifted_tiles(d, dtype, keys, masked or any(m is not None for m in a.key_masks))
-    if kind == "fwd" or dtype == "float32":
+    masked = a.attn_mask is not None or causal or (kind == "unshifted" and any(m is not None for m in a.key_masks))
+    if kind == "fwd" or (dtype == "float32" and kind != "unshifted"):
         return tiles(kind, d, dtype, precision)
-    return backward_tiles(kind, d, keys, masked)
+    reach = "short" if keys <= SHORT else "middle" if keys <= MIDDLE else "long"
+    key = tuned.Key(f"joint_attention_{kind}-{reach}{'-masked' * masked}", max(16, next_power_of_2(d)), dtype, target.arch)
+    measured = None if dtype == "float32" else tuned.lookup(key)
+    if measured:
+        return measured
+    return unshifted_tiles(d, dtype, keys, masked) if kind == "unshifted" else backward_tiles(kind, d, keys, masked)
+
+
+def candidates(key: tuned.Key) -> list[tuple[dict[str, int], int, int]]:
+    """What tuning should try: 16 to 128 scores a thread, loops with 2 to 4 stages."""
+    kind, _, reach = key.kernel.removeprefix("joint_attention_").partition("-")
+    if kind not in ("unshifted", "single", "dq", "dkdv"):
+        return []
+    queries = (64, 128) if kind == "unshifted" else (64,) if kind == "single" else (32, 64, 128)
+    stages = (1,) if kind == "single" or (kind == "unshifted" and reach.startswith("short")) else (2, 3, 4)
+    tiles = [(q, k, w) for q in queries for k in (32, 64, 128) for w in (2, 4, 8) if 16 <= q * k // (32 * w) <= 128]
+    return [(dict(QUERIES=q, KEYS=k, COLS=key.width), w, s) for q, k, w in tiles for s in stages]
 
 
 def folded_scale(scale: float, dtype: str) -> float | None:
@@ -93,11 +109,11 @@ def folded_scale(scale: float, dtype: str) -> float | None:
 
 
 def meta(
-    a, kind: str, *, causal: bool, scale: float, precision: str, v_at: int = 0, folded: bool = False, **more
+    target: Target, a, kind: str, *, causal: bool, scale: float, precision: str, v_at: int = 0, folded: bool = False, **more
 ) -> tuple[dict, int, int]:
     n = len(a.q)
     exact = is_exact(a, precision)
-    tile, warps, stages = configuration(a, kind, causal, precision)
+    tile, warps, stages = configuration(target, a, kind, causal, precision)
     constants = dict(
         V_AT=v_at,
         HEADS=a.q[0].shape[2],
@@ -235,7 +251,7 @@ def attention_forward(run, a, *, return_lse: bool, precision: str, **static):
     # A row of a mask that is empty would send its block the long way for nothing.
     shifted = is_exact(a, precision) or a.attn_mask is not None
     more = dict(LOGS=return_lse, SHIFTED=shifted)
-    constants, warps, stages = meta(a, "fwd" if shifted else "unshifted", precision=precision, **more, **static)
+    constants, warps, stages = meta(run.target, a, "fwd" if shifted else "unshifted", precision=precision, **more, **static)
     at_once = not shifted and not static["causal"] and constants["COLS"] <= 32 and sum(lengths(a)) <= SHORT
     constants |= {f"KEY_BLOCK{i}": cdiv(L, constants["KEYS"]) if at_once else 0 for i, L in enumerate(lengths(a))}
     outs = forward_specs(a, return_lse, precision)
@@ -280,7 +296,7 @@ def hopper_tiles(lengths: tuple[int, ...], heads: int) -> int:
 def hopper_forward(run, a, *, return_lse: bool, precision: str, **static):
     """attention_forward in two launches, the second of which repairs what the first found out of range."""
     n, d = len(a.q), a.q[0].shape[3]
-    constants, _, _ = meta(a, "fwd", precision=precision, LOGS=return_lse, **static)
+    constants, _, _ = meta(run.target, a, "fwd", precision=precision, LOGS=return_lse, **static)
     outs = forward_specs(a, return_lse, precision)
     names = ("V_AT", "HEADS", "WIDTH", "SCALE", "LOGS")
     names += tuple(name for name in constants if "STRIDE" in name)
@@ -350,7 +366,7 @@ def gradient_scales(scale: float, folded: bool = False, **_) -> dict[str, float]
 def single_pass(run, a, o, do, lse, dlse, gradients, static):
     B, _, H, d = a.q[0].shape
     n = len(a.q)
-    constants, warps, stages = meta(a, "single", SHIFTED=bool(dlse), **gradient_scales(**static), **static)
+    constants, warps, stages = meta(run.target, a, "single", SHIFTED=bool(dlse), **gradient_scales(**static), **static)
     constants = {name: x for name, x in constants.items() if name not in ("GROUP", "CAUSAL", "MASKED", "PRECISION", "EXACT")}
     constants |= {f"BLOCK{i}": cdiv(L, constants["QUERIES"]) for i, L in enumerate(lengths(a))}
     constants["WIDE"] = next_power_of_2(d + 3)
@@ -369,12 +385,12 @@ def two_passes(run, a, masks, o, do, lse, dlse, gradients, static):
     inputs = (*a.q, *a.k, *a.v, *masks, *do, *lse)
     dq, dk, dv = gradients
     scales = gradient_scales(**static)
-    constants, warps, stages = meta(a, "dq", DQ_SCALE=scales["DQ_SCALE"], **static)
+    constants, warps, stages = meta(run.target, a, "dq", DQ_SCALE=scales["DQ_SCALE"], **static)
     outs = dq + (statistics if exact else (UNUSED,) * n)
     p = plan(joint_attention_bwd_dq_body, lengths(a), B * H, constants["QUERIES"], outs, tuple(constants.items()), warps, stages)
     results = tuple(run(p, *inputs, *delta))
     dq, delta = results[:n], results[n:] if exact else delta
-    constants, warps, stages = meta(a, "dkdv", DK_SCALE=scales["DK_SCALE"], **static)
+    constants, warps, stages = meta(run.target, a, "dkdv", DK_SCALE=scales["DK_SCALE"], **static)
     outs = dk + dv
     programs = B * a.k[0].shape[2]
     p = plan(
