@@ -9,7 +9,8 @@ try:
 except ImportError:
     from types import SimpleNamespace
 
-    triton = SimpleNamespace(jit=lambda kernel=None, **_: kernel or (lambda kernel: kernel), __version__=None)
+    as_is = lambda function: function
+    triton = SimpleNamespace(jit=lambda kernel=None, **_: kernel or as_is, constexpr_function=as_is, __version__=None)
     tl = SimpleNamespace(constexpr=lambda value=None: value)
 
 INSTALLED = triton.__version__ is not None

@@ -375,7 +375,7 @@ def joint_attention_cases():
     yield case("scattered-key-masks-64", heads(1, 1, 64, 130) | scattered(1, 130))
     yield case("scattered-key-masks-causal", heads(1, 1, 64, 130) | scattered(1, 130), dict(causal=True))
     yield case("packed", {name: Part((2, 37, 3, 2, 16), part) for part, name in enumerate("qkv")})
-    grouped = lambda *shape: heads(*shape) | {name: heads(shape[0], 2, *shape[2:])[name] for name in "kv"}
+    grouped = lambda B, H, *shape, **how: heads(B, H, *shape, **how) | {name: heads(B, 2, *shape, **how)[name] for name in "kv"}
     yield case("grouped", grouped(2, 4, 16, 70, 5), dict(return_lse=True))
     masked = grouped(1, 4, 64, 70, 37) | mask(1, 70) | key_masks((70, 37), ((50,), (37,)))
     yield case("grouped-masks", masked, dict(causal=True), **PRODUCTION)
@@ -383,7 +383,16 @@ def joint_attention_cases():
     yield case("empty-batch", heads(0, 2, 16, 37, 5))
     yield case("no-tokens", heads(2, 2, 16, 0), dict(return_lse=True), **PRODUCTION)
     yield case("production", heads(1, 3, 64, 186, 77), **PRODUCTION)
-    for d in (8, 32, 40, 96):
+    # Widths that no power of two is: tiles side by side, of which the last may be wider than what is left.
+    yield case("width-48", heads(1, 2, 48, 70, 5), dict(return_lse=True))
+    yield case("width-48-short", heads(1, 1, 48, 37))
+    yield case(
+        "width-80-grouped-masks", grouped(2, 4, 80, 37, 70, real=((37, 20), (1, 65))) | key_masks((37, 70), ((37, 20), (1, 65)))
+    )
+    yield case("width-88-causal", heads(1, 1, 88, 130), dict(causal=True))
+    yield case("width-96-mask", heads(1, 1, 96, 37, 70) | mask(1, 37), dict(return_lse=True))
+    yield case("width-96-over-the-gate", heads(1, 1, 96, 130, qk=dict(std=4.0)), dict(return_lse=True))
+    for d in (8, 24, 32, 40, 48, 80, 96):
         yield case(f"gpu-width-{d}", heads(2, 4, d, 333, 154), **LARGE)
         yield case(f"gpu-everything-{d}", heads(2, 4, d, 333, 154) | mask(2, 333), dict(return_lse=True, causal=True), **LARGE)
     yield case("sd3", heads(2, 24, 64, 1024, 154), **LARGE)
@@ -413,6 +422,7 @@ def qk_norm_rope_attention_cases():
     large = {name: tuple(leaf._replace(mean=5.0) for leaf in gains[name]) for name in ("q_weight", "k_weight")}
     halves = dict(dtypes=("bfloat16", "float16"))  # which know a softmax without a shift
     yield case("large-gains", 2, 2, 16, 37, 5, over="head", extra=large, row=halves)
+    yield case("width-80", 1, 2, 80, 37, 5, over="head", rotated=(True, False))
     yield case("empty-batch", 0, 2, 24, 37, over="width")
     yield case("production", 1, 4, 32, 186, 20, **seed | dict(positions=186), row=PRODUCTION)
     yield case("sd3", 2, 24, 64, 1024, 154, over="head", row=LARGE)

@@ -78,6 +78,7 @@ BUGS = [
     ),
     Bug("no rescaling", "joint_attention-over-the-gate", FORWARD, "accumulate(acc, decay, ", "accumulate(acc, 1.0, "),
     Bug("key mask dropped", "joint_attention-one-key-mask", TOKENS, "inside &= tl.load(key_mask_ptr", "tl.load(key_mask_ptr"),
+    Bug("last columns dropped", "joint_attention-width-88-causal", TOKENS, "tl.static_range(1, len(x))", "tl.static_range(0)"),
     Bug("causal by one", "joint_attention-causal", TOKENS, "(query >= key)", "(query > key)"),
     Bug("any() of the other axis", "joint_attention-mask", TOKENS, "tl.load(rows_ptr + batch", "tl.load(cols_ptr + batch"),
     Bug("lse's gradient dropped", "joint_attention-everything", BACKWARD, "delta -= tl.load(", "tl.load("),

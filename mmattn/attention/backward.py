@@ -9,13 +9,15 @@ from .tokens import (
     awake,
     kept,
     kept_range,
+    load_head,
     load_queries,
-    load_tokens,
     pair_sum,
+    piece_of,
     place,
     power,
     products,
     stream_of,
+    zero_head,
 )
 
 PAD: tl.constexpr = tl.constexpr(128)  # rows of statistics are padded to a multiple of this, so that no load of them is masked
@@ -112,11 +114,14 @@ def probabilities(s, minus_shift, factor, SCALE: tl.constexpr, EXACT: tl.constex
 
 @triton.jit
 def products_from(start, x, y, PRECISION: tl.constexpr, EXACT: tl.constexpr):
-    """start + x y^T; start broadcasts to the tile."""
+    """start + x y^T of two heads' [ROWS, COLS]; start broadcasts to the tile."""
     if EXACT:
         return products(x, y, PRECISION, EXACT) + start
     else:
-        return tl.dot(x, tl.trans(y), tl.broadcast_to(start, (x.shape[0], y.shape[0])), input_precision=PRECISION)
+        s = tl.broadcast_to(start, (x[0].shape[0], y[0].shape[0]))
+        for i in tl.static_range(len(x)):
+            s = tl.dot(x[i], tl.trans(y[i]), s, input_precision=PRECISION)
+        return s
 
 
 @triton.jit
@@ -130,16 +135,16 @@ def gather_queries(
 
     keep: the queries to read [QUERIES]; the others have P = 0, or read as 0.
     """
-    cols = tl.arange(0, COLS)
-    q = load_tokens(q_ptr, batch, query, length, q_stride, cols, WIDTH, keep, False).to(v.dtype)  # [QUERIES, COLS]
-    do = load_tokens(do_ptr, batch, query, length, do_stride, cols, WIDTH, keep, False)
+    dtype: tl.constexpr = v[0].dtype
+    q = load_head(q_ptr, batch, query, length, q_stride, keep, dtype, WIDTH, COLS, False)  # [QUERIES, COLS]
+    do = load_head(do_ptr, batch, query, length, do_stride, keep, dtype, WIDTH, COLS, False)
     minus_shift, factor, minus_delta = load_row_statistics(lse_ptr, delta_ptr, row, query, length, EXACT)  # [QUERIES]
     p = probabilities(products(k, q, PRECISION, EXACT), minus_shift[None, :], factor[None, :], SCALE, EXACT)  # [KEYS, QUERIES]
     if CAUSAL or MASKED:
         valid = allowed(mask_ptr, rows_ptr, cols_ptr, batch, i, t, query[None, :], key[:, None], first_length, CAUSAL, MASKED)
         p = tl.where(valid, p, 0.0)
-    dv = accumulate(dv, 1.0, p.to(do.dtype), do, PRECISION, EXACT)
-    ds = (p * products_from(minus_delta[None, :], v, do, PRECISION, EXACT)).to(q.dtype)
+    dv = accumulate(dv, 1.0, p.to(dtype), do, PRECISION, EXACT)
+    ds = (p * products_from(minus_delta[None, :], v, do, PRECISION, EXACT)).to(dtype)
     dk = accumulate(dk, 1.0, ds, q, PRECISION, EXACT)
     return dk, dv
 
@@ -188,15 +193,15 @@ def joint_attention_bwd_dkdv_body(
     _, key_mask_ptr, _, key_masked, _ = stream_of(block, key_mask_ptrs, LENGTHS, KEY_MASKS_, KEYS)
 
     key = first + tl.arange(0, KEYS)
-    cols = tl.arange(0, COLS)
+    dtype: tl.constexpr = v_ptr.dtype.element_ty
     keep = key < length
     if key_masked:
         keep = kept(key_mask_ptr, batch, key, length, True)
     busy = awake(keep, key_masked)
-    v = load_tokens(v_ptr + head * WIDTH + V_AT, batch, key, length, v_stride, cols, WIDTH, keep, False)  # [KEYS, COLS]
-    k = load_tokens(k_ptr + head * WIDTH, batch, key, length, k_stride, cols, WIDTH, keep, False).to(v.dtype)
-    dk = tl.zeros((KEYS, COLS), tl.float32)
-    dv = tl.zeros((KEYS, COLS), tl.float32)
+    v = load_head(v_ptr + head * WIDTH + V_AT, batch, key, length, v_stride, keep, dtype, WIDTH, COLS, False)  # [KEYS, COLS]
+    k = load_head(k_ptr + head * WIDTH, batch, key, length, k_stride, keep, dtype, WIDTH, COLS, False)
+    dk = zero_head(KEYS, COLS)
+    dv = zero_head(KEYS, COLS)
     for i in tl.static_range(len(q_ptrs)):
         lead, end, _ = kept_range(key_mask_ptrs[i], batch, LENGTHS[i], KEY_MASKS_[i])
         begin = 0
@@ -228,12 +233,10 @@ def joint_attention_bwd_dkdv_body(
                         batch, row, i, t, query, rest, key, LENGTHS[i], LENGTHS[0], Q_STRIDES_[i], HEADS * WIDTH,
                         SCALE, WIDTH, CAUSAL, MASKED, PRECISION, EXACT, COLS,
                     )  # fmt: skip
-    dk = tl.where(keep[:, None], dk * DK_SCALE, 0.0)
-    dv = tl.where(keep[:, None], dv, 0.0)
-    at = (batch * length + key)[:, None] * (kv_heads * WIDTH) + head * WIDTH + cols[None, :]
-    inside = (key < length)[:, None] & (cols < WIDTH)[None, :]
-    tl.store(dk_ptr + at, dk.to(dk_ptr.dtype.element_ty), mask=inside)
-    tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=inside)
+    for j in tl.static_range(len(dk)):
+        at, inside = piece_of(batch, head, key, length, j, kv_heads, WIDTH, COLS)
+        tl.store(dk_ptr + at, tl.where(keep[:, None], dk[j] * DK_SCALE, 0.0).to(dk_ptr.dtype.element_ty), mask=inside)
+        tl.store(dv_ptr + at, tl.where(keep[:, None], dv[j], 0.0).to(dv_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -246,11 +249,11 @@ def gather_keys(
 ):  # fmt: skip
     """acc and what one block of keys adds to dq [QUERIES, COLS]; DELTA: to the sum of P * dP [QUERIES, 1]."""
     key = start + tl.arange(0, KEYS)
-    cols = tl.arange(0, COLS)
+    dtype: tl.constexpr = do[0].dtype
     whole: tl.constexpr = not (TAIL or KEY_MASKED)
     keep = kept(key_mask_ptr, batch, key, length, KEY_MASKED)
-    v = load_tokens(v_ptr, batch, key, length, v_stride, cols, WIDTH, keep, whole)  # [KEYS, COLS]
-    k = load_tokens(k_ptr, batch, key, length, k_stride, cols, WIDTH, keep, whole).to(v.dtype)
+    v = load_head(v_ptr, batch, key, length, v_stride, keep, dtype, WIDTH, COLS, whole)  # [KEYS, COLS]
+    k = load_head(k_ptr, batch, key, length, k_stride, keep, dtype, WIDTH, COLS, whole)
     p = probabilities(products(q, k, PRECISION, EXACT), minus_shift[:, None], factor[:, None], SCALE, EXACT)  # [QUERIES, KEYS]
     if not whole:
         p = tl.where(keep[None, :], p, 0.0)
@@ -258,10 +261,10 @@ def gather_keys(
         valid = allowed(mask_ptr, rows_ptr, cols_ptr, batch, i, t, query[:, None], key[None, :], first_length, CAUSAL, MASKED)
         p = tl.where(valid, p, 0.0)
     if DELTA:
-        return acc + pair_sum(p * products(do, v, PRECISION, EXACT))
+        return (acc[0] + pair_sum(p * products(do, v, PRECISION, EXACT)),)
     else:
         ds = p * products_from(minus_delta[:, None], do, v, PRECISION, EXACT)
-        return accumulate(acc, 1.0, ds.to(k.dtype), k, PRECISION, EXACT)
+        return accumulate(acc, 1.0, ds.to(dtype), k, PRECISION, EXACT)
 
 
 @triton.jit
@@ -306,16 +309,15 @@ def joint_attention_bwd_dq_body(
     _, delta_ptr, _, _, _ = stream_of(block, delta_ptrs, LENGTHS, Q_STRIDES_, QUERIES)
     _, query_mask_ptr, _, query_masked, _ = stream_of(block, key_mask_ptrs, LENGTHS, KEY_MASKS_, QUERIES)
 
+    dtype: tl.constexpr = do_ptr.dtype.element_ty
     query, keep, q = load_queries(
-        q_ptr + head * WIDTH, query_mask_ptr, batch, first, length, q_stride, query_masked, WIDTH, QUERIES, COLS
+        q_ptr + head * WIDTH, query_mask_ptr, batch, first, length, q_stride, query_masked, dtype, WIDTH, QUERIES, COLS
     )
     busy = awake(keep, query_masked)
-    cols = tl.arange(0, COLS)
-    q = q.to(v_ptrs[0].dtype.element_ty)
-    do = load_tokens(do_ptr + head * WIDTH, batch, query, length, HEADS * WIDTH, cols, WIDTH, keep, False)
+    do = load_head(do_ptr + head * WIDTH, batch, query, length, HEADS * WIDTH, keep, dtype, WIDTH, COLS, False)
     minus_shift, factor, minus_delta = load_row_statistics(lse_ptr, delta_ptr, batch * HEADS + head, query, length, EXACT)
     for DELTA in tl.static_range(1 if EXACT else 0, -1, -1):
-        acc = tl.zeros((QUERIES, 1 if DELTA else COLS), tl.float32)
+        acc = zero_head(QUERIES, 1 if DELTA else COLS)
         for t in tl.static_range(len(k_ptrs)):
             k_ptr = k_ptrs[t] + head // GROUP * WIDTH
             v_ptr = v_ptrs[t] + head // GROUP * WIDTH + V_AT
@@ -339,7 +341,8 @@ def joint_attention_bwd_dq_body(
                 )  # fmt: skip
         if DELTA:
             _, exact_delta_ptr, _, _, _ = stream_of(block, exact_delta_ptrs, LENGTHS, Q_STRIDES_, QUERIES)
-            minus_delta -= tl.max(acc, 1)
+            minus_delta -= tl.max(acc[0], 1)
             tl.store(exact_delta_ptr + (batch * HEADS + head) * length + query, -minus_delta, mask=query < length)
-    at = (batch * length + query)[:, None] * (HEADS * WIDTH) + head * WIDTH + cols[None, :]
-    tl.store(dq_ptr + at, (acc * DQ_SCALE).to(dq_ptr.dtype.element_ty), mask=(query < length)[:, None] & (cols < WIDTH)[None, :])
+    for j in tl.static_range(len(acc)):
+        at, inside = piece_of(batch, head, query, length, j, HEADS, WIDTH, COLS)
+        tl.store(dq_ptr + at, (acc[j] * DQ_SCALE).to(dq_ptr.dtype.element_ty), mask=inside)

@@ -28,14 +28,17 @@ from .tokens import (
     awake,
     kept,
     kept_range,
+    load_head,
     load_queries,
-    load_tokens,
+    piece_of,
     place,
     power,
     products,
     row_sum,
     scaled,
+    silenced,
     stream_of,
+    zero_head,
 )
 
 LN2: tl.constexpr = tl.constexpr(math.log(2))
@@ -48,13 +51,13 @@ def load_keys(
 ):  # fmt: skip
     """One block of k and v [KEYS, COLS], and which keys count [KEYS]; the others read as 0."""
     key = start + tl.arange(0, KEYS)
-    cols = tl.arange(0, COLS)
-    v = load_tokens(v_ptr, batch, key, length, v_stride, cols, WIDTH, key < length, not TAIL)
-    k = load_tokens(k_ptr, batch, key, length, k_stride, cols, WIDTH, key < length, not TAIL).to(v.dtype)
+    dtype: tl.constexpr = v_ptr.dtype.element_ty
+    v = load_head(v_ptr, batch, key, length, v_stride, key < length, dtype, WIDTH, COLS, not TAIL)
+    k = load_head(k_ptr, batch, key, length, k_stride, key < length, dtype, WIDTH, COLS, not TAIL)
     keep = kept(key_mask_ptr, batch, key, length, KEY_MASKED)
     if KEY_MASKED:  # after the loads, which need not wait for the mask
-        k = tl.where(keep[:, None], k, 0.0)
-        v = tl.where(keep[:, None], v, 0.0)
+        k = silenced(k, keep)
+        v = silenced(v, keep)
     return k, v, keep
 
 
@@ -68,18 +71,19 @@ def gather(
     Where the tensor cores have time (BY_DOT), they sum the rows, as a product with a tile of ones. Else every thread adds what
     it holds. Keys that do not count are 0 and add 1 to the sum, but in causal attention, which masks scores anyway.
     """
-    p = tl.exp2(scaled(tl.dot(q, tl.trans(k), input_precision=PRECISION), SCALE))  # [QUERIES, KEYS]
+    p = tl.exp2(scaled(products(q, k, PRECISION, False), SCALE))  # [QUERIES, KEYS]
     if CAUSAL:
-        key = start + tl.arange(0, k.shape[0])
+        key = start + tl.arange(0, p.shape[1])
         valid = (query[:, None] >= key[None, :]) | (i != t)
         if not WHOLE:
             valid &= keep[None, :]
         p = tl.where(valid, p, 0.0)
     if BY_DOT:
-        total = tl.dot(p.to(v.dtype), tl.full((k.shape[0], 8), 1.0, v.dtype), total, input_precision=PRECISION)
+        ones = tl.full((p.shape[1], 8), 1.0, v[0].dtype)
+        total = tl.dot(p.to(v[0].dtype), ones, total, input_precision=PRECISION)
     else:
         total += tl.sum(tl.reshape(p, (p.shape[0], p.shape[1] // 8, 8)), 1)
-    return tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION), total
+    return accumulate(acc, 1.0, p.to(v[0].dtype), v, PRECISION, False), total
 
 
 @triton.jit
@@ -90,8 +94,10 @@ def in_range(acc, total, keep, keys, hidden, HALF: tl.constexpr):
     """
     least = keys * (1.0 / 4096) if HALF else 1 / 2.0**64
     good = ((total >= least) & (total <= 2.0**64) & (total * 16.0 >= hidden)) | ~keep
-    finite = tl.min(tl.ravel((tl.abs(acc) <= 2.0**126).to(tl.int32)), 0)  # by rows it crashes the compiler for sm_100
-    return tl.min(good.to(tl.int32) & finite, 0) != 0
+    good = good.to(tl.int32)
+    for i in tl.static_range(len(acc)):
+        good &= tl.min(tl.ravel((tl.abs(acc[i]) <= 2.0**126).to(tl.int32)), 0)  # by rows it crashes the compiler for sm_100
+    return tl.min(good, 0) != 0
 
 
 @triton.jit
@@ -108,14 +114,14 @@ def attend(
     if not WHOLE:
         s = tl.where(keep[None, :], s, float("-inf"))
     if CAUSAL or MASKED:
-        key = start + tl.arange(0, k.shape[0])
+        key = start + tl.arange(0, s.shape[1])
         valid = allowed(mask_ptr, rows_ptr, cols_ptr, batch, i, t, query[:, None], key[None, :], first_length, CAUSAL, MASKED)
         s = tl.where(valid, s, float("-inf"))
     new_top = tl.maximum(top, tl.max(s, 1))
     shift = new_top
     if EMPTY:
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-    p = power(s - shift[:, None], EXACT).to(v.dtype)
+    p = power(s - shift[:, None], EXACT).to(v[0].dtype)
     decay = power(top - shift, EXACT)[:, None]
     total = row_sum(total, decay, p, PRECISION, EXACT)
     acc = accumulate(acc, decay, p, v, PRECISION, EXACT)
@@ -128,14 +134,14 @@ def store_rows(
     HEADS: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr, LOGS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Outputs and log-sum-exps from accumulated output [QUERIES, COLS], row sum and shift [QUERIES]."""
-    cols = tl.arange(0, COLS)
     seen = keep & (total != 0)  # NaN is not 0, and must not be silent
     total = tl.where(seen, total, 1.0)
-    o = tl.div_rn(acc, tl.broadcast_to(total[:, None], acc.shape)) if EXACT else acc * (1.0 / total)[:, None]
-    o = tl.where(seen[:, None], o, 0.0)
     top = tl.where(seen, top, float("-inf"))
-    at = (batch * length + query)[:, None] * (HEADS * WIDTH) + head * WIDTH + cols[None, :]
-    tl.store(o_ptr + at, o.to(o_ptr.dtype.element_ty), mask=(query < length)[:, None] & (cols < WIDTH)[None, :])
+    for i in tl.static_range(len(acc)):
+        o = tl.div_rn(acc[i], tl.broadcast_to(total[:, None], acc[i].shape)) if EXACT else acc[i] * (1.0 / total)[:, None]
+        o = tl.where(seen[:, None], o, 0.0)
+        at, inside = piece_of(batch, head, query, length, i, HEADS, WIDTH, COLS)
+        tl.store(o_ptr + at, o.to(o_ptr.dtype.element_ty), mask=inside)
     at = (batch * HEADS + head) * length + query
     if EXACT:
         # One number would be off by half an ulp of the logits, and a row's whole gradient with it.
@@ -160,10 +166,10 @@ def shifted_softmax(
 ):  # fmt: skip
     """A block of queries with a running maximum, from its loads to its stores."""
     query, keep, q = load_queries(
-        q_ptr + head * WIDTH, query_mask_ptr, batch, first, length, q_stride, query_masked, WIDTH, QUERIES, COLS
-    )
-    q = q.to(v_ptrs[0].dtype.element_ty)
-    acc = tl.zeros((QUERIES, COLS), tl.float32)
+        q_ptr + head * WIDTH, query_mask_ptr, batch, first, length, q_stride, query_masked,
+        v_ptrs[0].dtype.element_ty, WIDTH, QUERIES, COLS,
+    )  # fmt: skip
+    acc = zero_head(QUERIES, COLS)
     total = tl.zeros((QUERIES, 16), tl.float32)
     top = tl.full((QUERIES,), float("-inf"), tl.float32)
     for t in tl.static_range(len(k_ptrs)):
@@ -294,12 +300,12 @@ def joint_attention_fwd_body(
         )  # fmt: skip
     else:
         query, keep, q = load_queries(
-            q_ptr + head * WIDTH, query_mask_ptr, batch, first, length, q_stride, query_masked, WIDTH, QUERIES, COLS
-        )
+            q_ptr + head * WIDTH, query_mask_ptr, batch, first, length, q_stride, query_masked,
+            v_ptrs[0].dtype.element_ty, WIDTH, QUERIES, COLS,
+        )  # fmt: skip
         busy = awake(keep, query_masked)
-        q = q.to(v_ptrs[0].dtype.element_ty)
         by_dot: tl.constexpr = COLS <= 32
-        acc = tl.zeros((QUERIES, COLS), tl.float32)
+        acc = zero_head(QUERIES, COLS)
         total = tl.zeros((QUERIES, 8), tl.float32)
         keys = 0
         hidden = 0  # keys that do not count, but have added 1 to each sum

@@ -17,33 +17,42 @@ from .tokens import mask_any_kernel
 LOG2E = math.log2(math.e)
 
 
-def tiles(kind: str, d: int, dtype: str, precision: str) -> tuple[dict[str, int], int, int]:
+def columns(target: Target, kind: str, d: int, dtype: str, masked: bool) -> int:
+    """Columns that a kernel computes for heads of width d: a sum of powers of two, each of them a tile (see tokens.py).
+
+    A second tile costs instructions and waits. By measurement on Hopper (docs/facts.md) 64 + 16 and 64 + 32 are faster than
+    128, and 32 + 16 than 64 in the backward without masks; 64 + 32 + 16 is slower. On sm_80 and sm_100 they spill.
+    """
+    cols = 16 * cdiv(d, 16)
+    pays = cols in (80, 96) or (cols == 48 and kind in ("dq", "dkdv") and not masked)
+    return cols if pays and target.arch == 90 and dtype != "float32" else max(16, next_power_of_2(d))
+
+
+def tiles(kind: str, cols: int, dtype: str, precision: str) -> tuple[dict[str, int], int, int]:
     """Tile, warps and stages of a kernel ("dkdv", "dq", or "fwd" with a running maximum).
 
     IEEE float32 dots run on the FMA pipes with whole operand rows in registers: small tiles and 8 warps, or they spill by the
     kilobyte; 32 columns at least, for `products` to halve.
     """
-    cols = max(16, next_power_of_2(d))
     if dtype == "float32" and precision == "ieee":
         cols = max(32, cols)
         size = 32 if cols == 32 else 16
         return dict(QUERIES=size, KEYS=size, COLS=cols), 8, 1
     keys = 32 if kind == "fwd" and cols <= 32 else 64  # 64 spill
-    return dict(QUERIES=64, KEYS=keys, COLS=cols), 8 if cols > 64 else 4, 2 if dtype != "float32" else 1
+    return dict(QUERIES=64, KEYS=keys, COLS=cols), 8 if cols == 128 else 4, 2 if dtype != "float32" else 1
 
 
 SHORT = 256  # joint lengths up to which all keys of a head are loaded at once
 MIDDLE = 1024  # up to which few queries a program keep the GPU busy
 
 
-def unshifted_tiles(d: int, dtype: str, keys: int, masked: bool) -> tuple[dict[str, int], int, int]:
+def unshifted_tiles(cols: int, dtype: str, keys: int, masked: bool) -> tuple[dict[str, int], int, int]:
     """Tile, warps and stages of the forward without a running maximum.
 
     Measured in docs/facts.md. Below head width 64 instruction issue binds, and what counts is how many warps share the issue
     slots: few registers for short sequences, more queries a warp for long ones. Above, the tensor cores bind, and wgmma wants
     as many queries as registers hold.
     """
-    cols = max(16, next_power_of_2(d))
     if dtype == "float32":
         return dict(QUERIES=64, KEYS=64 if cols <= 64 else 32, COLS=cols), 8 if cols > 64 else 4, 1
     if keys <= SHORT and cols <= 32:
@@ -52,24 +61,25 @@ def unshifted_tiles(d: int, dtype: str, keys: int, masked: bool) -> tuple[dict[s
         return dict(QUERIES=64 if keys <= MIDDLE else 128, KEYS=64, COLS=cols), 2, 3
     if cols == 32:
         return dict(QUERIES=64, KEYS=64, COLS=cols), 4, 3
-    if cols == 64:
-        return dict(QUERIES=128, KEYS=32 if masked else 64, COLS=cols), 4, 4  # 64 spill with masks on two streams
+    if keys <= SHORT and cols < 128:
+        return dict(QUERIES=64, KEYS=64 if cols == 64 else 32, COLS=cols), 4, 3
+    if cols < 128:
+        return dict(QUERIES=128, KEYS=32 if masked else 64, COLS=cols), 4, 4 if cols == 64 or masked else 3  # 64 spill with masks
     return dict(QUERIES=128, KEYS=64, COLS=cols), 8, 3
 
 
-def backward_tiles(kind: str, d: int, keys: int, masked: bool) -> tuple[dict[str, int], int, int]:
+def backward_tiles(kind: str, cols: int, keys: int, masked: bool) -> tuple[dict[str, int], int, int]:
     """Tile, warps and stages of a backward kernel in 16 bits ("single", "dkdv" or "dq"), by measurement (docs/facts.md).
 
     Every kernel waits for its products and exponentials in turn, so what counts is how many programs share a multiprocessor:
     tiles of 64 x 64, or half of that for short sequences, and three stages, which hide the loads.
     """
-    cols = max(16, next_power_of_2(d))
     tile = lambda queries, keys: dict(QUERIES=queries, KEYS=keys, COLS=cols)
     if kind == "single":
         return tile(64, 64), 4, 1
     if cols == 16 and keys <= MIDDLE:
         return (tile(32, 64) if kind == "dkdv" else tile(64, 32)), 2, 3
-    if cols <= 64:
+    if cols < 128:
         return tile(64, 64), 4, 3
     if kind == "dkdv":
         return tile(64, 64), 4, 2
@@ -80,14 +90,15 @@ def configuration(target: Target, a, kind: str, causal: bool, precision: str) ->
     """Tile, warps and stages of a kernel: "fwd", with a running maximum, "unshifted", "single", "dq" or "dkdv"."""
     d, dtype, keys = a.q[0].shape[3], spec(a.v[0]).dtype, sum(lengths(a))
     masked = a.attn_mask is not None or causal or (kind == "unshifted" and any(m is not None for m in a.key_masks))
+    cols = columns(target, kind, d, dtype, masked)
     if kind == "fwd" or (dtype == "float32" and kind != "unshifted"):
-        return tiles(kind, d, dtype, precision)
+        return tiles(kind, cols, dtype, precision)
     reach = "short" if keys <= SHORT else "middle" if keys <= MIDDLE else "long"
-    key = tuned.Key(f"joint_attention_{kind}-{reach}{'-masked' * masked}", max(16, next_power_of_2(d)), dtype, target.arch)
+    key = tuned.Key(f"joint_attention_{kind}-{reach}{'-masked' * masked}", cols, dtype, target.arch)
     measured = None if dtype == "float32" else tuned.lookup(key)
     if measured:
         return measured
-    return unshifted_tiles(d, dtype, keys, masked) if kind == "unshifted" else backward_tiles(kind, d, keys, masked)
+    return unshifted_tiles(cols, dtype, keys, masked) if kind == "unshifted" else backward_tiles(kind, cols, keys, masked)
 
 
 def candidates(key: tuned.Key) -> list[tuple[dict[str, int], int, int]]:

@@ -1,4 +1,8 @@
-"""How the attention kernels find, load and mask tokens of several streams."""
+"""How the attention kernels find, load and mask tokens of several streams.
+
+Tiles are powers of two wide, heads need not be: what stands for a head's columns [TOKENS, COLS] is a tuple of tiles as wide
+as the powers of two that COLS is the sum of, the largest first: 96 = 64 + 32. WIDTH of them exist, the others read as 0.
+"""
 
 from __future__ import annotations
 
@@ -43,12 +47,73 @@ def stream_of(block, ptrs, LENGTHS, STRIDES_, SIZE: tl.constexpr):
 def load_tokens(ptr, batch, tokens, length, stride, cols, WIDTH: tl.constexpr, keep, WHOLE: tl.constexpr):
     """Tile [tokens, cols] of one head; tokens that `keep` excludes read as 0, whatever they hold. WHOLE: none is excluded."""
     at = ptr + batch * length * stride + tokens[:, None] * stride + cols[None, :]
-    if WHOLE and cols.shape[0] == WIDTH:
+    if WHOLE and cols.shape[0] <= WIDTH:
         return tl.load(at)
     elif WHOLE:
         return tl.load(at, mask=(cols < WIDTH)[None, :], other=0.0)
     else:
         return tl.load(at, mask=keep[:, None] & (cols < WIDTH)[None, :], other=0.0)
+
+
+@triton.constexpr_function
+def pieces(COLS):
+    """How many tiles COLS columns are."""
+    return COLS.bit_count()
+
+
+@triton.constexpr_function
+def before(COLS, i):
+    """How many columns are in the tiles before tile i: the largest i powers of two of COLS."""
+    rest = COLS
+    for _ in range(i):
+        rest -= 1 << rest.bit_length() - 1
+    return COLS - rest
+
+
+@triton.constexpr_function
+def piece(COLS, i):
+    """How many columns are in tile i."""
+    return before(COLS, i + 1) - before(COLS, i)
+
+
+@triton.jit
+def load_head(
+    ptr, batch, tokens, length, stride, keep, dtype: tl.constexpr,
+    WIDTH: tl.constexpr, COLS: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """One head [TOKENS, COLS] in a dtype, as load_tokens reads it."""
+    tiles = ()
+    for i in tl.static_range(pieces(COLS)):
+        cols = tl.arange(0, piece(COLS, i))
+        tile = load_tokens(ptr + before(COLS, i), batch, tokens, length, stride, cols, WIDTH - before(COLS, i), keep, WHOLE)
+        tiles = tiles + (tile.to(dtype),)
+    return tiles
+
+
+@triton.jit
+def piece_of(batch, head, tokens, length, i: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, COLS: tl.constexpr):
+    """Where tile i of one head of (B, L, HEADS, WIDTH) is, and what of it exists."""
+    cols = before(COLS, i) + tl.arange(0, piece(COLS, i))
+    at = (batch * length + tokens)[:, None] * (HEADS * WIDTH) + head * WIDTH + cols[None, :]
+    return at, (tokens < length)[:, None] & (cols < WIDTH)[None, :]
+
+
+@triton.jit
+def zero_head(TOKENS: tl.constexpr, COLS: tl.constexpr):
+    """0 in [TOKENS, COLS], float32."""
+    tiles = ()
+    for i in tl.static_range(pieces(COLS)):
+        tiles = tiles + (tl.zeros((TOKENS, piece(COLS, i)), tl.float32),)
+    return tiles
+
+
+@triton.jit
+def silenced(x, keep):
+    """x [TOKENS, COLS], 0 in the tokens that `keep` excludes."""
+    tiles = ()
+    for i in tl.static_range(len(x)):
+        tiles = tiles + (tl.where(keep[:, None], x[i], 0.0),)
+    return tiles
 
 
 @triton.jit
@@ -77,25 +142,39 @@ def power(x, EXACT: tl.constexpr):
 
 
 @triton.jit
-def products(x, y, PRECISION: tl.constexpr, EXACT: tl.constexpr):
-    """x y^T of tiles [ROWS, COLS]. EXACT: in parts of 16 columns, since rounding errors grow with the length of a sum; an fma
-    adds them, as the compiler would make one chain of two dots and a sum."""
+def tile_products(x, y, PRECISION: tl.constexpr, EXACT: tl.constexpr):
+    """x y^T of tiles. EXACT: in parts of 16 columns, since rounding errors grow with the length of a sum; an fma adds them, as
+    the compiler would make one chain of two dots and a sum."""
     if EXACT and x.shape[1] > 16:
         x_even, x_odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
         y_even, y_odd = tl.split(tl.reshape(y, (y.shape[0], y.shape[1] // 2, 2)))
-        even = products(x_even, y_even, PRECISION, EXACT)
-        return tl.fma(even, tl.full(even.shape, 1.0, tl.float32), products(x_odd, y_odd, PRECISION, EXACT))
+        even = tile_products(x_even, y_even, PRECISION, EXACT)
+        return tl.fma(even, tl.full(even.shape, 1.0, tl.float32), tile_products(x_odd, y_odd, PRECISION, EXACT))
     else:
         return tl.dot(x, tl.trans(y), input_precision=PRECISION)
 
 
 @triton.jit
+def products(x, y, PRECISION: tl.constexpr, EXACT: tl.constexpr):
+    """x y^T of two heads' [ROWS, COLS]."""
+    s = tile_products(x[0], y[0], PRECISION, EXACT)
+    for i in tl.static_range(1, len(x)):
+        s = tl.dot(x[i], tl.trans(y[i]), s, input_precision=PRECISION)
+    return s
+
+
+@triton.jit
 def accumulate(acc, decay, a, b, PRECISION: tl.constexpr, EXACT: tl.constexpr):
-    """acc * decay + a b. EXACT: the product is summed by itself, so that rounding errors add up over a block, not a sequence."""
-    if EXACT:
-        return tl.fma(acc, tl.zeros_like(acc) + decay, tl.dot(a, b, input_precision=PRECISION))
-    else:
-        return tl.dot(a, b, acc * decay, input_precision=PRECISION)
+    """acc * decay + a b for a head's acc and b. EXACT: the product is summed by itself, so that rounding errors add up over a
+    block, not a sequence."""
+    tiles = ()
+    for i in tl.static_range(len(b)):
+        if EXACT:
+            tile = tl.fma(acc[i], tl.zeros_like(acc[i]) + decay, tl.dot(a, b[i], input_precision=PRECISION))
+        else:
+            tile = tl.dot(a, b[i], acc[i] * decay, input_precision=PRECISION)
+        tiles = tiles + (tile,)
+    return tiles
 
 
 @triton.jit
@@ -184,15 +263,15 @@ def allowed(mask_ptr, rows_ptr, cols_ptr, batch, i, t, query, key, length, CAUSA
 
 @triton.jit
 def load_queries(
-    q_ptr, query_mask_ptr, batch, first, length, q_stride, query_masked,
+    q_ptr, query_mask_ptr, batch, first, length, q_stride, query_masked, dtype: tl.constexpr,
     WIDTH: tl.constexpr, QUERIES: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Token numbers [QUERIES], which of them count, and q [QUERIES, COLS], whose other rows read as 0."""
+    """Token numbers [QUERIES], which of them count, and q [QUERIES, COLS] in a dtype, whose other rows read as 0."""
     query = first + tl.arange(0, QUERIES)
     keep = query < length
     if query_masked:
         keep = kept(query_mask_ptr, batch, query, length, True)
-    return query, keep, load_tokens(q_ptr, batch, query, length, q_stride, tl.arange(0, COLS), WIDTH, keep, False)
+    return query, keep, load_head(q_ptr, batch, query, length, q_stride, keep, dtype, WIDTH, COLS, False)
 
 
 @triton.jit(do_not_specialize=["LENGTH"])
