@@ -59,7 +59,13 @@ BUGS = [
         "if in_range(acc, sums, keep, keys, hidden, ",
         "if (keys > 0) | (",
     ),
-    Bug("underflow accepted", "joint_attention-under-the-gate", FORWARD, "(total >= least)", "(total >= 0.0)"),
+    Bug(
+        "underflow accepted",
+        "joint_attention-under-the-gate",
+        FORWARD,
+        "(total >= least) & (total <= 2.0**64) & (total * 16.0 >= hidden)",
+        "(total >= 0.0) & (total <= 2.0**64)",
+    ),
     Bug("masked keys counted", "joint_attention-scattered-key-masks-64", FORWARD, "- real * busy", "- end"),
     Bug("tail counted", "joint_attention-key-masks", FORWARD, "- (tl.sum(real, 0) if KEY_MASKS_[t] else LENGTHS[t])", "* 0"),
     Bug(
@@ -71,7 +77,7 @@ BUGS = [
     ),
     Bug(
         "queries after a hole dropped",
-        "joint_attention-scattered-key-masks",
+        "joint_attention-scattered-key-masks-64",
         BACKWARD,
         "tl.maximum(begin, plain), end * busy",
         "tl.maximum(begin, plain), plain",
