@@ -30,8 +30,8 @@ MEASURED = triton.__version__.startswith("3.7.")
 # Bytes of registers that a kernel's worst config may spill, by architecture; nothing elsewhere. Rounded up from what was
 # measured. On sm_90 rows of 16384 with their vectors and sums do not fit the registers of one program, and at d = 96 and 128
 # dk, dv and two tiles of scores, and at 96 the forward's, fit only nearly: tiles that spill nothing measured slower; nor do a
-# rotated head's partial columns and sums. In the backward a key mask on top of a mask or of causal attention, which has a loop with
-# it and one without, spills too.
+# rotated head's partial columns and sums. In the backward a key mask on top of a mask or of causal attention spills too: there is
+# a loop with it and one without.
 SPILLS = {
     80: dict(
         joint_attention_fwd=704,
