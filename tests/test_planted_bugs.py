@@ -23,7 +23,9 @@ class Bug(NamedTuple):
 
 ADALN, ROWS, FUSED = "adaln/kernels.py", "rows.py", "gated_residual_norm_adaln.py"
 ROPE, LINEAR = "qk_norm_rope.py", "linear_attention.py"
-FORWARD, BACKWARD, SINGLE, TOKENS = (f"attention/{name}.py" for name in ("forward", "backward", "single_pass", "tokens"))
+FORWARD, SHORT, BACKWARD, SINGLE, TOKENS = (
+    f"attention/{name}.py" for name in ("forward", "short", "backward", "single_pass", "tokens")
+)
 BUGS = [
     Bug(
         "unbiased variance",
@@ -67,7 +69,9 @@ BUGS = [
         "(total >= 0.0) & (total <= 2.0**64)",
     ),
     Bug("masked keys counted", "joint_attention-scattered-key-masks-64", FORWARD, "- real * busy", "- end"),
-    Bug("tail counted", "joint_attention-key-masks", FORWARD, "- (tl.sum(real, 0) if KEY_MASKS_[t] else LENGTHS[t])", "* 0"),
+    Bug("nothing repaired", "joint_attention-under-the-gate", SHORT, "tl.min(tl.ravel(fine), 0) == 0", "blocks < 0"),
+    Bug("first queries again", "joint_attention-key-masks", SHORT, "block + 1, q_ptrs", "0, q_ptrs"),
+    Bug("tail counted", "joint_attention-key-masks", SHORT, "- (tl.sum(real, 0) if KEY_MASKS_[t] else LENGTHS[t])", "* 0"),
     Bug(
         "keys after a hole dropped",
         "joint_attention-scattered-key-masks-causal",
@@ -90,6 +94,8 @@ BUGS = [
     Bug("lse's gradient dropped", "joint_attention-everything", BACKWARD, "delta -= tl.load(", "tl.load("),
     Bug("lse's gradient dropped", "joint_attention-lse", SINGLE, "delta -= dlse[b]", "delta -= 0.0 * dlse[b]"),
     Bug("delta dropped", "joint_attention-seed", SINGLE, "tl.where(empty, 0.0, -delta)", "delta * 0.0"),
+    Bug("a head each", "joint_attention-seed", SINGLE, "SAMPLES[0] * HEADS, tl", "tl.num_programs(0), tl"),
+    Bug("one dq for all", "joint_attention-seed", SINGLE, "dq[len(stored)]", "dq[0]"),
     Bug("a key too many", "joint_attention-key-masks", SINGLE, "tl.where(real[:, None], dv, 0.0)", "dv"),
     Bug("relu's slope forgotten", "relu_linear_attention-37-5", LINEAR, "keep[:, None] & (k > 0)", "keep[:, None]"),
 ]

@@ -87,14 +87,19 @@ def gather(
 
 
 @triton.jit
-def in_range(acc, total, keep, keys, hidden, HALF: tl.constexpr):
-    """Whether every row that counts came out as exact as a shifted one (see the module's text).
+def sums_in_range(total, keep, keys, hidden, HALF: tl.constexpr):
+    """Which rows do not count, or have a sum that makes them as exact as shifted ones (see the module's text).
 
     hidden: keys that do not count.
     """
     least = keys * (1.0 / 4096) if HALF else 1 / 2.0**64
-    good = ((total >= least) & (total <= 2.0**64) & (total * 16.0 >= hidden)) | ~keep
-    good = good.to(tl.int32)
+    return ((total >= least) & (total <= 2.0**64) & (total * 16.0 >= hidden)) | ~keep
+
+
+@triton.jit
+def in_range(acc, total, keep, keys, hidden, HALF: tl.constexpr):
+    """Whether every row that counts came out as exact as a shifted one."""
+    good = sums_in_range(total, keep, keys, hidden, HALF).to(tl.int32)
     for i in tl.static_range(len(acc)):
         good &= tl.min(tl.ravel((tl.abs(acc[i]) <= 2.0**126).to(tl.int32)), 0)  # by rows it crashes the compiler for sm_100
     return tl.min(good, 0) != 0

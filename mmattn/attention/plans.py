@@ -11,6 +11,7 @@ from ..streams import integers, over_streams
 from .backward import PAD, attention_delta_body, joint_attention_bwd_dkdv_body, joint_attention_bwd_dq_body
 from .forward import joint_attention_fwd_body, joint_attention_repair_body
 from .hopper import CONSUMERS, ROWS, joint_attention_hopper_body
+from .short import joint_attention_short_fwd_body
 from .single_pass import joint_attention_bwd_body
 from .tokens import mask_any_kernel
 
@@ -256,6 +257,8 @@ def attention_forward(run, a, *, return_lse: bool, precision: str, **static):
     """
     if on_hopper(run.target, a, static["causal"]):
         return hopper_forward(run, a, return_lse=return_lse, precision=precision, **static)
+    if spec(a.v[0]).dtype != "float32" and a.attn_mask is None and not static["causal"] and fits(a, FORWARD_BLOCKS):
+        return short_forward(run, a, return_lse=return_lse, precision=precision, **static)
     B, _, H, _ = a.q[0].shape
     anys = tuple(run(any_plan(spec(a.attn_mask)), a.attn_mask)) if any_specs(a) else ()
     n = len(a.q)
@@ -270,6 +273,32 @@ def attention_forward(run, a, *, return_lse: bool, precision: str, **static):
     results = tuple(run(p, *a.q, *a.k, *a.v, *mask_inputs(a, anys)))
     o, lse, log = results[:n], results[n : 2 * n], results[2 * n :]
     return (o + log if return_lse else o), lse + anys
+
+
+TOKENS = 64  # of a block in the kernels that keep a whole head in shared memory
+FORWARD_BLOCKS = 4  # most that the forward keeps
+BACKWARD_BLOCKS = 4
+
+
+def blocks_of(a) -> dict[str, int]:
+    return {f"BLOCK{i}": cdiv(L, TOKENS) for i, L in enumerate(lengths(a))}
+
+
+def fits(a, most: int) -> bool:
+    """Whether a head is small enough for a program to keep all of it: 16 columns, and `most` blocks at most."""
+    return a.q[0].shape[3] <= 16 and 1 <= sum(blocks_of(a).values()) <= most
+
+
+def short_forward(run, a, *, return_lse: bool, precision: str, **static):
+    """attention_forward where `fits`."""
+    B, _, H, _ = a.q[0].shape
+    n, unused = len(a.q), ("CAUSAL", "MASKED", "EXACT", "QUERIES", "KEYS")
+    constants, _, _ = meta(run.target, a, "fwd", precision=precision, LOGS=return_lse, **static)
+    constants = {name: x for name, x in constants.items() if name not in unused} | blocks_of(a) | dict(TOKENS=TOKENS)
+    outs = forward_specs(a, return_lse, precision)
+    p = plan(joint_attention_short_fwd_body, lengths(a), B * H, None, outs, tuple(constants.items()), 4, 1)
+    results = tuple(run(p, *a.q, *a.k, *a.v, *key_mask_inputs(a)))
+    return (results[:n] + results[2 * n :] if return_lse else results[:n]), results[n : 2 * n]
 
 
 def forward_specs(a, return_lse: bool, precision: str) -> tuple[Spec, ...]:
@@ -375,16 +404,36 @@ def gradient_scales(scale: float, folded: bool = False, **_) -> dict[str, float]
 
 
 def single_pass(run, a, o, do, lse, dlse, gradients, static):
-    B, _, H, d = a.q[0].shape
-    n = len(a.q)
-    constants, warps, stages = meta(run.target, a, "single", SHIFTED=bool(dlse), **gradient_scales(**static), **static)
-    constants = {name: x for name, x in constants.items() if name not in ("GROUP", "CAUSAL", "MASKED", "PRECISION", "EXACT")}
-    constants |= {f"BLOCK{i}": cdiv(L, constants["QUERIES"]) for i, L in enumerate(lengths(a))}
-    constants["WIDE"] = next_power_of_2(d + 3)
+    heads, n = a.q[0].shape[0] * a.q[0].shape[2], len(a.q)
+    unused = ("GROUP", "CAUSAL", "MASKED", "PRECISION", "EXACT")
+    scales = gradient_scales(**static)
+    constants, warps, stages = meta(run.target, a, "single", SHIFTED=bool(dlse), **scales, **static)
+    constants = {name: x for name, x in constants.items() if name not in unused}
+    # Masks are not loaded ahead; heads with columns to spare take so few registers that more programs serve them better; and
+    # on other architectures straight code spills.
+    loop = (
+        run.target.arch != 90 or not fits(a, BACKWARD_BLOCKS) or a.q[0].shape[3] <= 13 or any(m is not None for m in a.key_masks)
+    )
+    loop |= not constants["QUERIES"] == constants["KEYS"] == TOKENS
+    blocks = [cdiv(L, constants["QUERIES"]) for L in lengths(a)]
+    constants |= {f"BLOCK{i}": x for i, x in enumerate(blocks)} | dict(LOOP=loop)
     outs = tuple(x for grads in gradients for x in grads)
-    p = plan(joint_attention_bwd_body, lengths(a), B * H, None, outs, tuple(constants.items()), warps, stages)
+    if loop:
+        programs = heads
+    else:
+        programs, stages = min(heads, run.target.sms * (2 if sum(blocks) > 1 else 4)), 2  # as many as registers let run
+    p = single_plan(lengths(a), heads, programs, outs, tuple(constants.items()), warps, stages)
     results = tuple(run(p, *a.q, *a.k, *a.v, *key_mask_inputs(a), *o, *do, *lse, *(dlse or lse)))
     return results[:n], results[n : 2 * n], results[2 * n :]
+
+
+@cache
+def single_plan(
+    lengths: tuple[int, ...], heads: int, programs: int, outs: tuple[Spec, ...], constants: tuple, warps: int, stages: int
+) -> Plan:
+    constants, n = dict(constants), len(lengths)
+    ints = integers(LENGTHS=lengths, SAMPLES=(heads // constants["HEADS"],) * n)
+    return Plan(over_streams(joint_attention_bwd_body, n), (programs,), outs, ints, constants, warps=warps, stages=stages)
 
 
 def two_passes(run, a, masks, o, do, lse, dlse, gradients, static):
