@@ -7,24 +7,16 @@ try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
-    from triton.experimental.gluon.language.nvidia.hopper import (
-        fence_async_shared,
-        mbarrier,
-        tma,
-        warpgroup_mma,
-        warpgroup_mma_wait,
-    )
+    from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
     from triton.experimental.gluon.language.nvidia.hopper.tma import make_tensor_descriptor
 
-    constexpr_function = gluon.constexpr_function
     async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the latter until 3.8
 except (ImportError, AttributeError):
     from ._triton import tl as gl
     from ._triton import triton as gluon
 
     GluonASTSource = GluonJITFunction = mbarrier = tma = warpgroup_mma = warpgroup_mma_wait = None
-    async_load = fence_async_shared = make_tensor_descriptor = None
-    constexpr_function = lambda function: function
+    async_load = make_tensor_descriptor = None
 
 INSTALLED = tma is not None
 
@@ -38,8 +30,6 @@ __all__ = [
     "INSTALLED",
     "GluonASTSource",
     "async_load",
-    "constexpr_function",
-    "fence_async_shared",
     "gl",
     "gluon",
     "is_gluon",

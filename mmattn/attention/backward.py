@@ -29,19 +29,16 @@ def padded(length, EXACT: tl.constexpr):
 
 
 @triton.jit
-def store_statistics(ptr, row, token, reach, shift, delta, inside, EXACT: tl.constexpr, APART: tl.constexpr):
+def store_statistics(ptr, at, shift, delta, inside, EXACT: tl.constexpr):
     """What a score's gradient needs of its row: delta; or minus the shift, -inf for an empty row, and minus delta, side by
-    side, since a pair is fetched by one load and nothing is left to do to them for each tile. APART: in rows of their own.
-
-    `row` counts (sample, head) pairs, each of which has `reach` tokens."""
+    side, since a pair is fetched by one load and nothing is left to do to them for each tile."""
     delta = tl.where(shift == float("-inf"), 0.0, delta)
     if EXACT:
-        tl.store(ptr + row * reach + token, delta, mask=inside)
+        tl.store(ptr + at, delta, mask=inside)
     else:
         minus_shift = tl.where(shift == float("-inf"), shift, -shift)
-        at = 2 * row * reach + (token if APART else 2 * token)
-        step = reach if APART else 1
-        tl.store(ptr + at[:, None] + step * tl.arange(0, 2)[None, :], tl.join(minus_shift, -delta), mask=inside[:, None])
+        pair = tl.join(minus_shift, -delta)
+        tl.store(ptr + 2 * at[:, None] + tl.arange(0, 2)[None, :], pair, mask=inside[:, None])
 
 
 @triton.jit
@@ -50,14 +47,12 @@ def attention_delta_body(
     do_ptrs,  # (B, L_s, H, d)
     lse_ptrs,  # (B, H, L_s) float32, as the forward wrote it
     dlse_ptrs,  # (B, H, L_s) float32
-    delta_ptrs,  # (B, H, padded L_s, 2) float32; EXACT: (B, H, L_s); LOCKED: (B, H, 2, padded L_s)
-    locks_ptr,  # LOCKED: (1 + B * H * blocks of LOCKED tokens,) int32, set to 0
+    delta_ptrs,  # (B, H, padded L_s, 2) float32; EXACT: (B, H, L_s)
     LENGTHS,
     HEADS,
     WIDTH,
     SHIFTED,  # whether dlse is given
     EXACT,
-    LOCKED,  # for joint_attention_hopper_bwd_body: tokens of a block of dq that has a lock; else 0
     ROWS,
     COLS,
 ):
@@ -67,12 +62,6 @@ def attention_delta_body(
         blocks += tl.cdiv(padded(LENGTHS[t], EXACT) * HEADS, ROWS)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
-    if LOCKED:
-        locks = 0
-        for t in tl.static_range(len(o_ptrs)):
-            locks += tl.cdiv(LENGTHS[t], LOCKED)
-        lock = tl.program_id(0) * 32 + tl.arange(0, 32)
-        tl.store(locks_ptr + lock, 0, mask=lock <= tl.num_programs(0) // blocks * HEADS * locks)
     for t in tl.static_range(len(o_ptrs)):
         reach = padded(LENGTHS[t], EXACT)
         here = tl.cdiv(reach * HEADS, ROWS)
@@ -92,8 +81,8 @@ def attention_delta_body(
             if SHIFTED:
                 delta -= tl.load(dlse_ptrs[t] + at, mask=real, other=0.0)
             shift = tl.load(lse_ptrs[t] + (2 * at if EXACT else at), mask=real, other=float("-inf"))
-            pair, token = batch * HEADS + row % HEADS, row // HEADS
-            store_statistics(delta_ptrs[t], pair, token, reach, shift, delta, row < reach * HEADS, EXACT, LOCKED > 0)
+            at = (batch * HEADS + row % HEADS) * reach + row // HEADS
+            store_statistics(delta_ptrs[t], at, shift, delta, row < reach * HEADS, EXACT)
         block -= here
 
 
@@ -357,28 +346,3 @@ def joint_attention_bwd_dq_body(
     for j in tl.static_range(len(acc)):
         at, inside = piece_of(batch, head, query, length, j, HEADS, WIDTH, COLS)
         tl.store(dq_ptr + at, (acc[j] * DQ_SCALE).to(dq_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def attention_round_body(
-    x_ptrs,  # (B, L_s, H, d) float32
-    rounded_ptrs,  # (B, L_s, H, d)
-    LENGTHS,
-    HEADS,
-    WIDTH,
-    SIZE,
-):
-    """Grid (B * blocks of SIZE numbers over all streams,): x in another dtype."""
-    blocks = 0
-    for t in tl.static_range(len(x_ptrs)):
-        blocks += tl.cdiv(LENGTHS[t] * HEADS * WIDTH, SIZE)
-    batch = (tl.program_id(0) // blocks).to(tl.int64)
-    block = tl.program_id(0) % blocks
-    for t in tl.static_range(len(x_ptrs)):
-        each = LENGTHS[t] * HEADS * WIDTH
-        here = tl.cdiv(each, SIZE)
-        if (block >= 0) & (block < here):
-            at = block * SIZE + tl.arange(0, SIZE)
-            x = tl.load(x_ptrs[t] + batch * each + at, mask=at < each)
-            tl.store(rounded_ptrs[t] + batch * each + at, x.to(rounded_ptrs[t].dtype.element_ty), mask=at < each)
-        block -= here

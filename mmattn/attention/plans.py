@@ -8,10 +8,9 @@ from functools import cache
 from .. import tuned
 from ..op import UNUSED, Plan, Spec, Target, aligned, cdiv, next_power_of_2, row_stride, spec
 from ..streams import integers, over_streams
-from .backward import PAD, attention_delta_body, attention_round_body, joint_attention_bwd_dkdv_body, joint_attention_bwd_dq_body
+from .backward import PAD, attention_delta_body, joint_attention_bwd_dkdv_body, joint_attention_bwd_dq_body
 from .forward import joint_attention_fwd_body, joint_attention_repair_body
 from .hopper import CONSUMERS, ROWS, joint_attention_hopper_body
-from .hopper_backward import QUERIES, joint_attention_hopper_bwd_body
 from .short import joint_attention_short_fwd_body
 from .single_pass import joint_attention_bwd_body
 from .tokens import mask_any_kernel
@@ -171,21 +170,16 @@ def plan(
 
 
 @cache
-def delta_plan(
-    lengths: tuple[int, ...], statistics: tuple[Spec, ...], H: int, d: int, shifted: bool, exact: bool, locks: Spec = UNUSED
-) -> Plan:
-    """locks: what joint_attention_hopper_bwd_body needs besides."""
+def delta_plan(lengths: tuple[int, ...], outs: tuple[Spec, ...], H: int, d: int, shifted: bool, exact: bool) -> Plan:
     cols = next_power_of_2(d)
     rows = max(1, 2048 // cols)
     reach = [L if exact else cdiv(L, PAD.value) * PAD.value for L in lengths]
     return Plan(
-        over_streams(attention_delta_body, len(lengths)),
-        grid=(statistics[0].shape[0] * sum(cdiv(L * H, rows) for L in reach),),
-        outs=(*statistics, locks),
+        over_streams(attention_delta_body, len(outs)),
+        grid=(outs[0].shape[0] * sum(cdiv(L * H, rows) for L in reach),),
+        outs=outs,
         ints=integers(LENGTHS=lengths),
-        meta=dict(
-            HEADS=H, WIDTH=d, SHIFTED=shifted, EXACT=exact, LOCKED=0 if locks is UNUSED else QUERIES.value, ROWS=rows, COLS=cols
-        ),
+        meta=dict(HEADS=H, WIDTH=d, SHIFTED=shifted, EXACT=exact, ROWS=rows, COLS=cols),
         warps=4,
     )
 
@@ -399,8 +393,6 @@ def attention_backward(run, a, outs, residuals, douts, *, precision: str, wide: 
     static |= dict(precision=precision)
     like = lambda xs: tuple(Spec(tuple(x.shape), "float32" if wide else spec(x).dtype) for x in xs)
     gradients = like(a.q), like(a.k), tuple(Spec(tuple(x.shape), spec(a.v[0]).dtype) for x in a.k)
-    if backward_on_hopper(run.target, a, do, static["causal"]):
-        return hopper_backward(run, a, o, do, lse, dlse, gradients, static)
     if is_single_pass(a, static["causal"], static["scale"]):
         return single_pass(run, a, o, do, lse, dlse, gradients, static)
     return two_passes(run, a, mask_inputs(a, anys), o, do, lse, dlse, gradients, static)
@@ -449,7 +441,7 @@ def two_passes(run, a, masks, o, do, lse, dlse, gradients, static):
     n = len(a.q)
     exact = is_exact(a, static["precision"])
     statistics = log_specs(a) if exact else statistics_specs(a)
-    delta = tuple(run(delta_plan(lengths(a), statistics, H, d, bool(dlse), exact), *o, *do, *lse, *(dlse or lse)))[:n]
+    delta = tuple(run(delta_plan(lengths(a), statistics, H, d, bool(dlse), exact), *o, *do, *lse, *(dlse or lse)))
     inputs = (*a.q, *a.k, *a.v, *masks, *do, *lse)
     dq, dk, dv = gradients
     scales = gradient_scales(**static)
@@ -466,49 +458,3 @@ def two_passes(run, a, masks, o, do, lse, dlse, gradients, static):
     )
     dkdv = tuple(run(p, *inputs, *delta))
     return dq, dkdv[:n], dkdv[n:]
-
-
-BACKWARD_WORTHWHILE = 400  # products of a tile of keys and a block of queries for each multiprocessor: below, tiles wait
-
-
-def backward_on_hopper(target: Target, a, do, causal: bool) -> bool:
-    """Whether the backward takes the kernel for Hopper."""
-    (B, _, H, d), blocks = a.q[0].shape, sum(cdiv(L, QUERIES.value) for L in lengths(a))
-    enough = B * H * blocks**2 >= BACKWARD_WORTHWHILE * target.sms
-    return d == 64 and enough and on_hopper(target, a, causal) and all(aligned(x, 2) for x in do)
-
-
-def hopper_backward(run, a, o, do, lse, dlse, gradients, static):
-    """attention_backward in one pass over the scores. dq is summed in float32, and rounded by a launch of its own."""
-    B, _, H, d = a.q[0].shape
-    n = len(a.q)
-    locks = Spec((1 + B * H * sum(cdiv(L, QUERIES.value) for L in lengths(a)),), "int32")
-    apart = tuple(Spec((B, H, 2, x.shape[2]), x.dtype) for x in statistics_specs(a))
-    *statistics, unlocked = run(delta_plan(lengths(a), apart, H, d, bool(dlse), False, locks), *o, *do, *lse, *(dlse or lse))
-    constants, _, _ = meta(run.target, a, "dkdv", **static)
-    names = ("V_AT", "HEADS", "SCALE", *(name for name in constants if "STRIDE" in name))
-    constants = {name: constants[name] for name in names} | gradient_scales(**static)
-    dq, dk, dv = gradients
-    sums = tuple(Spec(x.shape, "float32") for x in dq)
-    p = hopper_backward_plan(lengths(a), B, run.target.sms, (*sums, *dk, *dv, locks), tuple(constants.items()))
-    results = tuple(run(p, *a.q, *a.k, *a.v, *do, *statistics, unlocked))
-    sums, dk, dv = results[:n], results[n : 2 * n], results[2 * n : 3 * n]
-    return sums if dq[0].dtype == "float32" else tuple(run(round_plan(lengths(a), dq), *sums)), dk, dv
-
-
-@cache
-def hopper_backward_plan(lengths: tuple[int, ...], B: int, sms: int, outs: tuple[Spec, ...], constants: tuple) -> Plan:
-    constants, n = dict(constants), len(lengths)
-    tiles = B * constants["HEADS"] * sum(cdiv(L, QUERIES.value) for L in lengths)
-    ints = integers(LENGTHS=lengths, SAMPLES=(B,) * n)
-    kernel = over_streams(joint_attention_hopper_bwd_body, n)
-    return Plan(kernel, (min(tiles, sms),), outs, ints, constants, warps=4, aliases={3 * n: 5 * n})
-
-
-@cache
-def round_plan(lengths: tuple[int, ...], outs: tuple[Spec, ...]) -> Plan:
-    B, _, H, d = outs[0].shape
-    size = 4096
-    grid = (B * sum(cdiv(L * H * d, size) for L in lengths),)
-    constants = dict(HEADS=H, WIDTH=d, SIZE=size)
-    return Plan(over_streams(attention_round_body, len(lengths)), grid, outs, integers(LENGTHS=lengths), constants, warps=4)
