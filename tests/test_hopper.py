@@ -163,8 +163,9 @@ def large_gains(B: int, H: int, d: int, *lengths: int) -> dict:
     return operands | gains
 
 
-joint = lambda label, operands, **static: Case("joint_attention", label, operands, static)
-fused = lambda label, operands: Case("qk_norm_rope_attention", label, operands, dict(over="head"))
+# A case is known by its name: none of these may be another test's.
+joint = lambda label, operands, **static: Case("joint_attention", f"hopper-{label}", operands, static)
+fused = lambda label, operands: Case("qk_norm_rope_attention", f"hopper-{label}", operands, dict(over="head"))
 far = heads(1, 2, 64, 700)
 SMALL = [  # rows in range, some out of it, all
     joint("in-range", heads(1, 1, 64, 130, 128), return_lse=True),
