@@ -57,7 +57,8 @@ def draw(op: str, rows: list[dict]) -> plt.Figure:
                 axis.plot([at - 0.4, at + 0.4], [roof, roof], color="black", linewidth=1)
         axis.set(title=MODES[mode], yscale="log", xlim=(-0.5, len(names) - 0.5))
         sizes = {row["shape"]: row["sizes"] for row in rows}
-        axis.set_xticks(range(len(names)), [f"{name}\n{sizes[name]}" for name in names], fontsize=7, rotation=30)
+        ticks = dict(fontsize=7, rotation=40, ha="right", rotation_mode="anchor")
+        axis.set_xticks(range(len(names)), [f"{name}\n{sizes[name]}" for name in names], **ticks)
         axis.grid(axis="y", which="both", alpha=0.3)
         axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         axis.yaxis.set_major_formatter("{x:g}")
