@@ -88,8 +88,8 @@ class Wrong(Exception):
 
 
 def timed(times: list[float], error=None, host_us=None, host_no_grad_us=None, kernels_us=None) -> dict:
-    """device_us is what providers are compared by: its kernels' time where a profiler shows them, else a call's, which includes
-    launching them and in JAX is a difference of two wall clocks."""
+    """device_us is what providers are compared by: the sum of its kernels' times where a profiler shows them, without what lies
+    between them, else a call's, which includes launching them and in JAX is a difference of two wall clocks."""
     p20, p50, p80 = timing.quantiles(times)
     host = dict(host_us=host_us, host_no_grad_us=host_no_grad_us)
     device = p50 if kernels_us is None else kernels_us

@@ -21,7 +21,7 @@ class Key(NamedTuple):
     """What a choice depends on besides the sizes that vary in use."""
 
     kernel: str
-    width: int  # of a row or of a head
+    width: int  # of a row, or the columns that a head is computed in
     dtype: str
     arch: int  # 90: compute capability 9.0
 

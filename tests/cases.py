@@ -346,6 +346,10 @@ def joint_attention_cases():
     yield case("seed", heads(2, 2, 16, 37, 5))
     yield case("one-stream-130", heads(1, 1, 64, 130))
     yield case("three-streams", heads(1, 1, 24, 1, 70, 20))
+    yield case("three-short-streams", heads(1, 2, 16, 37, 5, 1))
+    yield case("a-stream-without-tokens", heads(1, 2, 16, 37, 0))
+    yield case("four-blocks", heads(1, 2, 16, 186, 64), dict(return_lse=True), **PRODUCTION)
+    yield case("width-8", heads(1, 2, 8, 70, 37))
     yield case("one-token-each", heads(8, 2, 8, 1, 1, qk=dict(std=0.5)))
     yield case("width-128", heads(1, 1, 128, 37, 5))
     yield case("causal", heads(1, 1, 32, 130, 37), dict(causal=True))
@@ -386,9 +390,8 @@ def joint_attention_cases():
     # Widths that no power of two is: tiles side by side, of which the last may be wider than what is left.
     yield case("width-48", heads(1, 2, 48, 70, 5), dict(return_lse=True))
     yield case("width-48-short", heads(1, 1, 48, 37))
-    yield case(
-        "width-80-grouped-masks", grouped(2, 4, 80, 37, 70, real=((37, 20), (1, 65))) | key_masks((37, 70), ((37, 20), (1, 65)))
-    )
+    masks = grouped(2, 4, 80, 37, 70, real=((37, 20), (1, 65))) | key_masks((37, 70), ((37, 20), (1, 65)))
+    yield case("width-80-grouped-masks", masks, dtypes=("bfloat16", "float16"))  # float32 is padded
     yield case("width-88-causal", heads(1, 1, 88, 130), dict(causal=True))
     yield case("width-96-mask", heads(1, 1, 96, 37, 70) | mask(1, 37), dict(return_lse=True))
     yield case("width-96-over-the-gate", heads(1, 1, 96, 130, qk=dict(std=4.0)), dict(return_lse=True))
@@ -398,6 +401,13 @@ def joint_attention_cases():
     yield case("sd3", heads(2, 24, 64, 1024, 154), **LARGE)
     yield case("flux", heads(1, 8, 128, 1024, 512), **LARGE)
     yield case("target", heads(8, 8, 16, 186), **LARGE)
+    # So many heads that programs walk them.
+    yield case("heads-in-turn", heads(40, 8, 16, 186), dict(return_lse=True), **LARGE)
+    yield case("heads-in-turn-64", heads(40, 8, 16, 186, 64), **LARGE)
+    yield case("heads-in-turn-scattered-key-masks", heads(40, 8, 16, 70, 130) | scattered(40, 70, 130), **LARGE)
+    low = heads(40, 8, 16, 70, 37, qk=dict(mean=5.0))
+    under = low | dict(k=tuple(leaf._replace(mean=-5.0) for leaf in low["k"]))
+    yield case("heads-in-turn-under-the-gate", under, dict(return_lse=True), **LARGE)
     yield case("long-causal", heads(1, 2, 64, 3000), dict(causal=True), **LARGE)
     long = heads(2, 4, 64, 700, 300, real=((700, 1), (299, 130))) | key_masks((700, 300), ((700, 1), (299, 130)))
     yield case("long-key-masks", long, dict(return_lse=True), **LARGE)

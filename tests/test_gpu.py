@@ -43,11 +43,14 @@ def sanitizer() -> str | None:
     return shutil.which("compute-sanitizer", path=os.environ["PATH"] + ":/usr/local/cuda/bin")
 
 
-SMALLEST = {case.call: case for case in CASES if not case.gpu and "empty" not in case.label and case.dtypes != ("bfloat16",)}
+SMALL = {case.call: case for case in CASES if not case.gpu and "empty" not in case.label and case.dtypes != ("bfloat16",)}
+IN_TURN = Case("joint_attention", "small-heads-in-turn", heads(34, 8, 16, 70, 37), dict(return_lse=True))
+NARROW = [case for case in CASES if str(case) in ("joint_attention-seed", "joint_attention-key-masks", "joint_attention-lse")]
+SANE = [*SMALL.values(), *NARROW, IN_TURN]
 SCRIPT = """
 import frameworks, test_gpu
 framework = frameworks.framework_of(frameworks.INSTALLED[0])
-for case in test_gpu.SMALLEST.values():
+for case in test_gpu.SANE:
     frameworks.call(framework, case, "bfloat16")
     print("sane", case)
 """
@@ -55,12 +58,12 @@ for case in test_gpu.SMALLEST.values():
 
 @pytest.mark.skipif(sanitizer() is None, reason="compute-sanitizer is not installed")
 def test_memory_accesses_are_sane():
-    """compute-sanitizer over a small case of every op, forward and backward; without a caching allocator, which would hide
-    accesses past an array's end."""
+    """compute-sanitizer over a small case of every op and several of narrow heads, forward and backward; without a caching
+    allocator, which would hide accesses past an array's end."""
     here = str(Path(__file__).parent)
     path = os.pathsep.join([here, *filter(None, sys.path)])
     env = os.environ | dict(PYTHONPATH=path, PYTORCH_NO_CUDA_MEMORY_CACHING="1", XLA_PYTHON_CLIENT_ALLOCATOR="platform")
     command = [sanitizer(), "--error-exitcode", "1", sys.executable, "-c", SCRIPT]
     run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    assert run.stdout.count("sane") == len(SMALLEST)
+    assert run.stdout.count("sane") == len(SANE)

@@ -163,13 +163,13 @@ def large_gains(B: int, H: int, d: int, *lengths: int) -> dict:
     return operands | gains
 
 
-# A case is known by its name: none of these may be another test's.
-joint = lambda label, operands, **static: Case("joint_attention", f"hopper-{label}", operands, static)
-fused = lambda label, operands: Case("qk_norm_rope_attention", f"hopper-{label}", operands, dict(over="head"))
+# A case is known by its name: none of these is in the table of cases.
+joint = lambda label, operands, **static: Case("joint_attention", label, operands, static)
+fused = lambda label, operands: Case("qk_norm_rope_attention", label, operands, dict(over="head"))
 far = heads(1, 2, 64, 700)
 SMALL = [  # rows in range, some out of it, all
     joint("in-range", heads(1, 1, 64, 130, 128), return_lse=True),
-    joint("over-the-gate", heads(1, 1, 64, 330, qk=dict(std=3.8)), return_lse=True),
+    joint("over-the-gate-330", heads(1, 1, 64, 330, qk=dict(std=3.8)), return_lse=True),
     joint("far-over-the-gate", heads(1, 2, 64, 130, 128, qk=dict(std=5.0))),
     fused("packed", projections(1, 2, 64, 130, 128, over="head")),
 ]
@@ -178,7 +178,7 @@ LARGE = [
     joint("two-streams", heads(2, 3, 128, 700, 333)),
     joint("views", packed(2, 2, 64, 333, 128)),
     joint("over-the-gate-128", heads(2, 2, 128, 333, 257, qk=dict(std=3.6)), return_lse=True),
-    joint("huge-logits", far | dict(k=tuple(leaf._replace(mean=60.0) for leaf in far["k"]))),
+    joint("huge-logits-700", far | dict(k=tuple(leaf._replace(mean=60.0) for leaf in far["k"]))),
     joint("many-tiles", heads(2, 24, 128, 1300, 333)),
     fused("large-gains", large_gains(2, 2, 64, 333, 154)),
 ]

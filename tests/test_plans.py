@@ -46,7 +46,7 @@ SPILLS = {
     ),
     90: dict(
         joint_attention_fwd=96,
-        joint_attention_bwd=64,
+        joint_attention_bwd=192,
         joint_attention_bwd_dkdv=160,
         joint_attention_bwd_dq=32,
         qk_norm_rope_bwd=16,
@@ -176,7 +176,7 @@ def test_plans_fit_their_kernels(case):
             assert 0 <= plan.grid[0] < 2**31 and all(0 <= n < 2**16 for n in plan.grid[1:])
 
 
-TILE = {"ROWS", "COLS", "QUERIES", "KEYS", "TOKENS", "PAIRS", "LINES", "ALONG", "PRECISION"}
+TILE = {"ROWS", "COLS", "QUERIES", "KEYS", "TOKENS", "PAIRS", "LINES", "ALONG", "PRECISION", "LOOP"}
 
 
 def config(launch: Launch):
@@ -192,9 +192,10 @@ def base_name(plan: Plan) -> str:
 
 
 def burden(launch: Launch):
-    """What a launch asks of its config: masks and other flags, streams, width."""
+    """What a launch asks of its config: blocks without a loop, masks and other flags, streams, width."""
     meta = launch.plan.meta
     return (
+        sum(x for name, x in meta.items() if name.startswith("BLOCK")),
         sum(int(x) for x in meta.values() if isinstance(x, bool)) + meta.get("MASKED", 0),
         len(launch.inputs),
         meta.get("WIDTH", 0),

@@ -65,7 +65,7 @@ BUGS = [
         "underflow accepted",
         "joint_attention-under-the-gate",
         FORWARD,
-        "(total >= least) & (total <= 2.0**64) & (total * 16.0 >= hidden)",
+        "(total >= least) & (total <= 2.0**64) & (total * 256.0 >= hidden)",
         "(total >= 0.0) & (total <= 2.0**64)",
     ),
     Bug("masked keys counted", "joint_attention-scattered-key-masks-64", FORWARD, "- real * busy", "- end"),

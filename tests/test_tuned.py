@@ -9,6 +9,7 @@ import pytest
 
 import mmattn
 from mmattn import tuned
+from mmattn.attention import plans
 from mmattn.tuned import Config, Key
 
 KEY, CONFIG = Key("some_kernel", 128, "bfloat16", 90), Config(dict(ROWS=4, COLS=128), 2, 1)
@@ -54,6 +55,18 @@ def test_lookups_are_noted(scratch):
 def rooms():
     names = [module.name for module in pkgutil.walk_packages(mmattn.__path__, "mmattn.")]
     return [module for module in map(import_module, names) if hasattr(module, "candidates")]
+
+
+@pytest.mark.parametrize("cols", [16, 32, 48, 64, 80, 96, 128])
+@pytest.mark.parametrize("reach, keys", [("short", 200), ("middle", 800), ("long", 4000)])
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+def test_attentions_own_choice_is_a_candidate(cols, reach, keys, masked):
+    """So that tuning stores nothing slower."""
+    for kind in ("unshifted", "single", "dq", "dkdv"):
+        key = Key(f"joint_attention_{kind}-{reach}{'-masked' * masked}", cols, "bfloat16", 90)
+        rule = plans.backward_tiles(kind, cols, keys, masked)
+        rule = plans.unshifted_tiles(cols, "bfloat16", keys, masked) if kind == "unshifted" else rule
+        assert rule in plans.candidates(key), kind
 
 
 def test_the_table_holds_candidates_only():

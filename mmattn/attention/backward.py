@@ -208,7 +208,7 @@ def joint_attention_bwd_dkdv_body(
         if CAUSAL:
             begin = tl.where(i == t, first // QUERIES * QUERIES, 0)
         # Up to here no block holds a masked query before one that counts; it is the end if the mask is padding.
-        plain = lead
+        plain = lead * busy
         if KEY_MASKS_[i]:
             plain = tl.where(end > lead, lead // QUERIES * QUERIES, lead) * busy
         for of_group in range(GROUP):

@@ -13,7 +13,7 @@ Proof that a row in range is as exact as a shifted one. Let n be the number of k
 - An exponential below u is lost: at most u / 2 of r each, n u / (2 r) of the row. With r >= 2^-64 and u = 2^-126 (bfloat16 and
   float32) that is n 2^-63. In float16 P is a multiple of u = 2^-24, so r >= n 2^-12 is asked for: 2^-13, a quarter of an ulp.
 - A key that does not count is read as k = v = 0: it puts 2^0 = 1 into the sum and nothing into the output, and no score need be
-  masked. Those ones are subtracted from r; where they are at most 16 r, the sum's rounding grows to 17 times 2^-24 of r at most.
+  masked. Those ones are subtracted from r; where they are at most 256 r, the sum's rounding grows to 257 times 2^-24 of r.
 - Every other rounding is relative to its term, shifted or not.
 """
 
@@ -93,7 +93,7 @@ def sums_in_range(total, keep, keys, hidden, HALF: tl.constexpr):
     hidden: keys that do not count.
     """
     least = keys * (1.0 / 4096) if HALF else 1 / 2.0**64
-    return ((total >= least) & (total <= 2.0**64) & (total * 16.0 >= hidden)) | ~keep
+    return ((total >= least) & (total <= 2.0**64) & (total * 256.0 >= hidden)) | ~keep
 
 
 @triton.jit
@@ -321,7 +321,6 @@ def joint_attention_fwd_body(
             if KEY_BLOCKS_[t] > 0:
                 ks = ()
                 vs = ()
-                keeps = ()
                 real = tl.zeros((KEYS,), tl.int32)
                 for j in tl.static_range(KEY_BLOCKS_[t]):
                     k, v, kept_keys = load_keys(
@@ -330,13 +329,11 @@ def joint_attention_fwd_body(
                     )  # fmt: skip
                     ks = ks + (k,)
                     vs = vs + (v,)
-                    keeps = keeps + (kept_keys,)
                     real += kept_keys.to(tl.int32)
                 hidden += KEY_BLOCKS_[t] * KEYS - (tl.sum(real, 0) if KEY_MASKS_[t] else LENGTHS[t])
                 for j in tl.static_range(KEY_BLOCKS_[t]):
                     acc, total = gather(
-                        acc, total, q, ks[j], vs[j], keeps[j], query, j * KEYS, i, t,
-                        SCALE, CAUSAL, PRECISION, not (KEY_MASKS_[t] or j == KEY_BLOCKS_[t] - 1), by_dot,
+                        acc, total, q, ks[j], vs[j], None, query, j * KEYS, i, t, SCALE, CAUSAL, PRECISION, True, by_dot
                     )  # fmt: skip
             else:
                 lead, end, real = kept_range(key_mask_ptrs[t], batch, LENGTHS[t], KEY_MASKS_[t])

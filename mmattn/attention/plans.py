@@ -33,7 +33,7 @@ def tiles(kind: str, cols: int, dtype: str, precision: str) -> tuple[dict[str, i
     """Tile, warps and stages of a kernel ("dkdv", "dq", or "fwd" with a running maximum).
 
     IEEE float32 dots run on the FMA pipes with whole operand rows in registers: small tiles and 8 warps, or they spill by the
-    kilobyte; 32 columns at least, for `products` to halve.
+    kilobyte; 32 columns at least, for `tile_products` to halve.
     """
     if dtype == "float32" and precision == "ieee":
         cols = max(32, cols)
@@ -43,7 +43,7 @@ def tiles(kind: str, cols: int, dtype: str, precision: str) -> tuple[dict[str, i
     return dict(QUERIES=64, KEYS=keys, COLS=cols), 8 if cols == 128 else 4, 2 if dtype != "float32" else 1
 
 
-SHORT = 256  # joint lengths up to which all keys of a head are loaded at once
+SHORT = 256  # joint lengths up to which narrow heads load all their keys at once, and few queries a program pay
 MIDDLE = 1024  # up to which few queries a program keep the GPU busy
 
 
@@ -103,12 +103,13 @@ def configuration(target: Target, a, kind: str, causal: bool, precision: str) ->
 
 
 def candidates(key: tuned.Key) -> list[tuple[dict[str, int], int, int]]:
-    """What tuning should try: 16 to 128 scores a thread, loops with 2 to 4 stages."""
+    """What tuning should try: 16 to 128 scores a thread, and stages where there is a loop for them."""
     kind, _, reach = key.kernel.removeprefix("joint_attention_").partition("-")
     if kind not in ("unshifted", "single", "dq", "dkdv"):
         return []
     queries = (64, 128) if kind == "unshifted" else (64,) if kind == "single" else (32, 64, 128)
-    stages = (1,) if kind == "single" or (kind == "unshifted" and reach.startswith("short")) else (2, 3, 4)
+    at_once = kind == "single" or (kind == "unshifted" and reach == "short" and key.width <= 32)
+    stages = (1,) if at_once else (1, 2, 3, 4)
     tiles = [(q, k, w) for q in queries for k in (32, 64, 128) for w in (2, 4, 8) if 16 <= q * k // (32 * w) <= 128]
     return [(dict(QUERIES=q, KEYS=k, COLS=key.width), w, s) for q, k, w in tiles for s in stages]
 
@@ -257,7 +258,7 @@ def attention_forward(run, a, *, return_lse: bool, precision: str, **static):
     """
     if on_hopper(run.target, a, static["causal"]):
         return hopper_forward(run, a, return_lse=return_lse, precision=precision, **static)
-    if spec(a.v[0]).dtype != "float32" and a.attn_mask is None and not static["causal"] and fits(a, FORWARD_BLOCKS):
+    if spec(a.v[0]).dtype != "float32" and a.attn_mask is None and not static["causal"] and is_short(run.target, a):
         return short_forward(run, a, return_lse=return_lse, precision=precision, **static)
     B, _, H, _ = a.q[0].shape
     anys = tuple(run(any_plan(spec(a.attn_mask)), a.attn_mask)) if any_specs(a) else ()
@@ -275,22 +276,26 @@ def attention_forward(run, a, *, return_lse: bool, precision: str, **static):
     return (o + log if return_lse else o), lse + anys
 
 
-TOKENS = 64  # of a block in the kernels that keep a whole head in shared memory
-FORWARD_BLOCKS = 4  # most that the forward keeps
-BACKWARD_BLOCKS = 4
+TOKENS = 64  # of a block in the kernels that keep a whole head, the forward in shared memory, the backward in registers
+BLOCKS = 4  # most that they keep: more were slower, or spill
 
 
 def blocks_of(a) -> dict[str, int]:
     return {f"BLOCK{i}": cdiv(L, TOKENS) for i, L in enumerate(lengths(a))}
 
 
-def fits(a, most: int) -> bool:
-    """Whether a head is small enough for a program to keep all of it: 16 columns, and `most` blocks at most."""
-    return a.q[0].shape[3] <= 16 and 1 <= sum(blocks_of(a).values()) <= most
+def fits(a) -> bool:
+    """Whether a head is small enough for a program to keep all of it."""
+    return a.q[0].shape[3] <= 16 and 1 <= sum(blocks_of(a).values()) <= BLOCKS
+
+
+def is_short(target: Target, a) -> bool:
+    """Whether the forward takes one program a head: fewer heads leave multiprocessors idle that blocks of queries would use."""
+    return fits(a) and a.q[0].shape[0] * a.q[0].shape[2] >= target.sms
 
 
 def short_forward(run, a, *, return_lse: bool, precision: str, **static):
-    """attention_forward where `fits`."""
+    """attention_forward where `is_short`. 4 warps, no loop that stages could serve (docs/facts.md)."""
     B, _, H, _ = a.q[0].shape
     n, unused = len(a.q), ("CAUSAL", "MASKED", "EXACT", "QUERIES", "KEYS")
     constants, _, _ = meta(run.target, a, "fwd", precision=precision, LOGS=return_lse, **static)
@@ -378,12 +383,12 @@ def repair_plan(lengths: tuple[int, ...], outs: tuple[Spec, ...], constants: tup
     )
 
 
-def is_single_pass(a, causal: bool, scale: float) -> bool:
-    """Whether one launch does the backward: dq of all queries of a head must fit the registers of a program. It divides by
-    the scale."""
+def is_single_pass(target: Target, a, causal: bool, scale: float) -> bool:
+    """Whether one launch does the backward: dq of all queries of a head must fit the registers of a program, on sm_100 its tensor
+    memory, where more compiles to a trap without a word. It divides by the scale."""
     columns = max(16, next_power_of_2(a.q[0].shape[3])) * sum(cdiv(L, 64) for L in lengths(a))
     plain = a.attn_mask is None and not causal and scale > 1e-6 and heads_per_key(a) == 1
-    return columns <= 96 and spec(a.v[0]).dtype == "bfloat16" and plain
+    return columns <= (48 if target.arch >= 100 else 96) and spec(a.v[0]).dtype == "bfloat16" and plain
 
 
 def attention_backward(run, a, outs, residuals, douts, *, precision: str, wide: bool = False, **static):
@@ -393,7 +398,7 @@ def attention_backward(run, a, outs, residuals, douts, *, precision: str, wide: 
     static |= dict(precision=precision)
     like = lambda xs: tuple(Spec(tuple(x.shape), "float32" if wide else spec(x).dtype) for x in xs)
     gradients = like(a.q), like(a.k), tuple(Spec(tuple(x.shape), spec(a.v[0]).dtype) for x in a.k)
-    if is_single_pass(a, static["causal"], static["scale"]):
+    if is_single_pass(run.target, a, static["causal"], static["scale"]):
         return single_pass(run, a, o, do, lse, dlse, gradients, static)
     return two_passes(run, a, mask_inputs(a, anys), o, do, lse, dlse, gradients, static)
 
@@ -411,9 +416,8 @@ def single_pass(run, a, o, do, lse, dlse, gradients, static):
     constants = {name: x for name, x in constants.items() if name not in unused}
     # Masks are not loaded ahead; heads with columns to spare take so few registers that more programs serve them better; and
     # on other architectures straight code spills.
-    loop = (
-        run.target.arch != 90 or not fits(a, BACKWARD_BLOCKS) or a.q[0].shape[3] <= 13 or any(m is not None for m in a.key_masks)
-    )
+    spare = a.q[0].shape[3] + 3 <= constants["COLS"]
+    loop = run.target.arch != 90 or not fits(a) or spare or any(m is not None for m in a.key_masks)
     loop |= not constants["QUERIES"] == constants["KEYS"] == TOKENS
     blocks = [cdiv(L, constants["QUERIES"]) for L in lengths(a)]
     constants |= {f"BLOCK{i}": x for i, x in enumerate(blocks)} | dict(LOOP=loop)

@@ -56,7 +56,7 @@ def joint_attention_short_fwd_body(
     query, keep, q = queries_of(
         0, q_ptrs, key_mask_ptrs, LENGTHS, Q_STRIDES_, KEY_MASKS_, batch, head, dtype, WIDTH, TOKENS, COLS
     )
-    ks, vs, keeps = (), (), ()
+    ks, vs = (), ()
     blocks = 0
     keys = 0
     hidden = 0  # keys that do not count, but have added 1 to each sum
@@ -71,7 +71,6 @@ def joint_attention_short_fwd_body(
             )  # fmt: skip
             ks = ks + (k,)
             vs = vs + (v,)
-            keeps = keeps + (counts,)
             real += counts.to(tl.int32)
         blocks += BLOCKS_[t]
         keys += LENGTHS[t]
@@ -84,11 +83,11 @@ def joint_attention_short_fwd_body(
         _, o_ptr, length, _, _ = stream_of(block, o_ptrs, LENGTHS, Q_STRIDES_, TOKENS)
         _, lse_ptr, _, _, _ = stream_of(block, lse_ptrs, LENGTHS, Q_STRIDES_, TOKENS)
         _, log_ptr, _, _, _ = stream_of(block, log_ptrs, LENGTHS, Q_STRIDES_, TOKENS)
-        acc = zero_head(TOKENS, COLS)
+        acc = zero_head(TOKENS, COLS)  # [TOKENS, COLS]
         total = tl.zeros((TOKENS, 8), tl.float32)
         for j in tl.static_range(len(ks)):
-            acc, total = gather(acc, total, q, ks[j], vs[j], keeps[j], query, 0, 0, 0, SCALE, False, PRECISION, True, True)
-        sums = tl.max(total, 1) - hidden
+            acc, total = gather(acc, total, q, ks[j], vs[j], None, query, 0, 0, 0, SCALE, False, PRECISION, True, True)
+        sums = tl.max(total, 1) - hidden  # [TOKENS]
         good = sums_in_range(sums, keep, keys, hidden, dtype == tl.float16)
         fine = tl.where((tl.abs(acc[0]) <= 2.0**126) & good[:, None], fine, 0)
         # A row that has to be computed again is NaN.

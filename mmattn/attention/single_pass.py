@@ -4,7 +4,7 @@ What a score needs of its row rides along in columns: with q' = [q, a, b, c], a 
 and k' = [k, 1, 1, 1], P = 2^(scale * q' k'), and likewise dP - delta = do' v'. So the tensor cores subtract, rows cost no load
 and no instruction in the loop, and a key that is not there has k' = v' = 0, hence dS = 0, without a mask. Where heads are so
 wide that q and do have no column to spare, those of both are in a tile of their own, in place of columns of o, which are not
-needed any more: zeros of k' and v' meet the others.
+needed any more: zeros of k' and v' meet the others, so where o is infinite, all gradients of the head are NaN.
 
 A head of few blocks is straight code without a loop, and a program walks heads: the next one is loaded meanwhile.
 """
@@ -57,12 +57,12 @@ def key_gradients(
     else:
         shift_ones = with_ones(tl.zeros_like(k), real, 0)
         delta_ones = with_ones(tl.zeros_like(v), real, 3)
-    dk = tl.zeros(k.shape, tl.float32)
+    dk = tl.zeros(k.shape, tl.float32)  # [KEYS, COLS]
     dv = tl.zeros(v.shape, tl.float32)
     sums = ()
     for b in tl.static_range(len(dq)):
         s = tl.dot(k_and, tl.trans(q_and[b]))  # [KEYS, QUERIES]
-        dp = tl.dot(v_and, tl.trans(do_and[b]))
+        dp = tl.dot(v_and, tl.trans(do_and[b]))  # [KEYS, QUERIES]
         if not spare:
             s = tl.dot(shift_ones, tl.trans(rows[b]), s)
             dp = tl.dot(delta_ones, tl.trans(rows[b]), dp)
@@ -90,7 +90,7 @@ def head_gradients(
     head = unit % HEADS
     batch = tl.cast(unit // HEADS, tl.int64)
     # All loads come before the first use of one, so that they wait for memory together.
-    q, do, o, lse, dlse, k, v = (), (), (), (), (), (), ()
+    q, do, o, lse, dlse, k, v = (), (), (), (), (), (), ()  # of blocks, [QUERIES, COLS] or [QUERIES]
     for i in tl.static_range(len(q_ptrs)):
         q_ptr, o_ptr, do_ptr = q_ptrs[i] + head * WIDTH, o_ptrs[i] + head * WIDTH, do_ptrs[i] + head * WIDTH
         k_ptr, v_ptr = k_ptrs[i] + head * WIDTH, v_ptrs[i] + head * WIDTH + V_AT

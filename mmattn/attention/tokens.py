@@ -62,7 +62,7 @@ def pieces(COLS):
 
 
 @triton.constexpr_function
-def before(COLS, i):
+def columns_before(COLS, i):
     """How many columns are in the tiles before tile i: the largest i powers of two of COLS."""
     rest = COLS
     for _ in range(i):
@@ -73,7 +73,7 @@ def before(COLS, i):
 @triton.constexpr_function
 def piece(COLS, i):
     """How many columns are in tile i."""
-    return before(COLS, i + 1) - before(COLS, i)
+    return columns_before(COLS, i + 1) - columns_before(COLS, i)
 
 
 @triton.jit
@@ -85,7 +85,8 @@ def load_head(
     tiles = ()
     for i in tl.static_range(pieces(COLS)):
         cols = tl.arange(0, piece(COLS, i))
-        tile = load_tokens(ptr + before(COLS, i), batch, tokens, length, stride, cols, WIDTH - before(COLS, i), keep, WHOLE)
+        there = ptr + columns_before(COLS, i)
+        tile = load_tokens(there, batch, tokens, length, stride, cols, WIDTH - columns_before(COLS, i), keep, WHOLE)
         tiles = tiles + (tile.to(dtype),)
     return tiles
 
@@ -93,7 +94,7 @@ def load_head(
 @triton.jit
 def piece_of(batch, head, tokens, length, i: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, COLS: tl.constexpr):
     """Where tile i of one head of (B, L, HEADS, WIDTH) is, and what of it exists."""
-    cols = before(COLS, i) + tl.arange(0, piece(COLS, i))
+    cols = columns_before(COLS, i) + tl.arange(0, piece(COLS, i))
     at = (batch * length + tokens)[:, None] * (HEADS * WIDTH) + head * WIDTH + cols[None, :]
     return at, (tokens < length)[:, None] & (cols < WIDTH)[None, :]
 
