@@ -346,10 +346,9 @@ def joint_attention_cases():
     yield case("seed", heads(2, 2, 16, 37, 5))
     yield case("one-stream-130", heads(1, 1, 64, 130))
     yield case("three-streams", heads(1, 1, 24, 1, 70, 20))
-    yield case("three-short-streams", heads(1, 2, 16, 37, 5, 1))
-    yield case("a-stream-without-tokens", heads(1, 2, 16, 37, 0))
+    yield case("three-short-streams", heads(1, 2, 16, 37, 5, 1), **PRODUCTION)
     yield case("four-blocks", heads(1, 2, 16, 186, 64), dict(return_lse=True), **PRODUCTION)
-    yield case("width-8", heads(1, 2, 8, 70, 37))
+    yield case("width-8", heads(1, 2, 8, 70, 37), **PRODUCTION)
     yield case("one-token-each", heads(8, 2, 8, 1, 1, qk=dict(std=0.5)))
     yield case("width-128", heads(1, 1, 128, 37, 5))
     yield case("causal", heads(1, 1, 32, 130, 37), dict(causal=True))
@@ -387,14 +386,16 @@ def joint_attention_cases():
     yield case("empty-batch", heads(0, 2, 16, 37, 5))
     yield case("no-tokens", heads(2, 2, 16, 0), dict(return_lse=True), **PRODUCTION)
     yield case("production", heads(1, 3, 64, 186, 77), **PRODUCTION)
-    # Widths that no power of two is: tiles side by side, of which the last may be wider than what is left.
+    # Widths that no power of two is: tiles side by side, of which the last may be wider than what is left; float32 is padded.
     yield case("width-48", heads(1, 2, 48, 70, 5), dict(return_lse=True))
-    yield case("width-48-short", heads(1, 1, 48, 37))
+    yield case("width-48-short", heads(1, 1, 48, 37), **PRODUCTION)
     masks = grouped(2, 4, 80, 37, 70, real=((37, 20), (1, 65))) | key_masks((37, 70), ((37, 20), (1, 65)))
-    yield case("width-80-grouped-masks", masks, dtypes=("bfloat16", "float16"))  # float32 is padded
-    yield case("width-88-causal", heads(1, 1, 88, 130), dict(causal=True))
-    yield case("width-96-mask", heads(1, 1, 96, 37, 70) | mask(1, 37), dict(return_lse=True))
-    yield case("width-96-over-the-gate", heads(1, 1, 96, 130, qk=dict(std=4.0)), dict(return_lse=True))
+    yield case("width-80-grouped-masks", masks, **PRODUCTION)
+    yield case("width-88-causal", heads(1, 1, 88, 130), dict(causal=True), **PRODUCTION)
+    yield case("width-96-mask", heads(1, 1, 96, 37, 70) | mask(1, 37), dict(return_lse=True), **PRODUCTION)
+    yield case(
+        "width-96-over-the-gate", heads(1, 1, 96, 130, qk=dict(std=4.0)), dict(return_lse=True), dtypes=("bfloat16", "float16")
+    )
     for d in (8, 24, 32, 40, 48, 80, 96):
         yield case(f"gpu-width-{d}", heads(2, 4, d, 333, 154), **LARGE)
         yield case(f"gpu-everything-{d}", heads(2, 4, d, 333, 154) | mask(2, 333), dict(return_lse=True, causal=True), **LARGE)
