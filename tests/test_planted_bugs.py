@@ -71,7 +71,7 @@ BUGS = [
     Bug("masked keys counted", "joint_attention-scattered-key-masks-64", FORWARD, "- real * busy", "- end"),
     Bug("nothing repaired", "joint_attention-under-the-gate", SHORT, "tl.min(tl.ravel(fine), 0) == 0", "blocks < 0"),
     Bug("first queries again", "joint_attention-key-masks", SHORT, "block + 1, q_ptrs", "0, q_ptrs"),
-    Bug("tail counted", "joint_attention-key-masks", SHORT, "- (tl.sum(real, 0) if KEY_MASKS_[t] else LENGTHS[t])", "* 0"),
+    Bug("tail counted", "joint_attention-key-masks", FORWARD, "- (tl.sum(real, 0) if KEY_MASKED else length)", "* 0"),
     Bug(
         "keys after a hole dropped",
         "joint_attention-scattered-key-masks-causal",

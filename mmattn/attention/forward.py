@@ -62,6 +62,25 @@ def load_keys(
 
 
 @triton.jit
+def load_all_keys(
+    k_ptr, v_ptr, key_mask_ptr, batch, length, k_stride, v_stride,
+    WIDTH: tl.constexpr, KEY_MASKED: tl.constexpr, BLOCKS: tl.constexpr, KEYS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """A stream's BLOCKS blocks of k and v, and how many of the keys in them do not count."""
+    ks, vs = (), ()
+    real = tl.zeros((KEYS,), tl.int32)
+    for j in tl.static_range(BLOCKS):
+        k, v, keep = load_keys(
+            k_ptr, v_ptr, key_mask_ptr, batch, j * KEYS, length, k_stride, v_stride,
+            WIDTH, KEY_MASKED, KEYS, COLS, j == BLOCKS - 1,
+        )  # fmt: skip
+        ks = ks + (k,)
+        vs = vs + (v,)
+        real += keep.to(tl.int32)
+    return ks, vs, BLOCKS * KEYS - (tl.sum(real, 0) if KEY_MASKED else length)
+
+
+@triton.jit
 def gather(
     acc, total, q, k, v, keep, query, start, i, t,
     SCALE: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, BY_DOT: tl.constexpr,
@@ -319,18 +338,11 @@ def joint_attention_fwd_body(
             k_ptr = k_ptrs[t] + head // GROUP * WIDTH
             v_ptr = v_ptrs[t] + head // GROUP * WIDTH + V_AT
             if KEY_BLOCKS_[t] > 0:
-                ks = ()
-                vs = ()
-                real = tl.zeros((KEYS,), tl.int32)
-                for j in tl.static_range(KEY_BLOCKS_[t]):
-                    k, v, kept_keys = load_keys(
-                        k_ptr, v_ptr, key_mask_ptrs[t], batch, j * KEYS, LENGTHS[t], K_STRIDES_[t], V_STRIDES_[t],
-                        WIDTH, KEY_MASKS_[t], KEYS, COLS, j == KEY_BLOCKS_[t] - 1,
-                    )  # fmt: skip
-                    ks = ks + (k,)
-                    vs = vs + (v,)
-                    real += kept_keys.to(tl.int32)
-                hidden += KEY_BLOCKS_[t] * KEYS - (tl.sum(real, 0) if KEY_MASKS_[t] else LENGTHS[t])
+                ks, vs, uncounted = load_all_keys(
+                    k_ptr, v_ptr, key_mask_ptrs[t], batch, LENGTHS[t], K_STRIDES_[t], V_STRIDES_[t],
+                    WIDTH, KEY_MASKS_[t], KEY_BLOCKS_[t], KEYS, COLS,
+                )  # fmt: skip
+                hidden += uncounted
                 for j in tl.static_range(KEY_BLOCKS_[t]):
                     acc, total = gather(
                         acc, total, q, ks[j], vs[j], None, query, j * KEYS, i, t, SCALE, CAUSAL, PRECISION, True, by_dot

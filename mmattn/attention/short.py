@@ -8,7 +8,7 @@ to ask.
 from __future__ import annotations
 
 from .._triton import tl, triton
-from .forward import LN2, gather, load_keys, shifted_softmax, sums_in_range
+from .forward import LN2, gather, load_all_keys, shifted_softmax, sums_in_range
 from .tokens import load_queries, load_tokens, piece_of, stream_of, zero_head
 
 
@@ -63,18 +63,15 @@ def joint_attention_short_fwd_body(
     for t in tl.static_range(len(k_ptrs)):
         k_ptr = k_ptrs[t] + head // GROUP * WIDTH
         v_ptr = v_ptrs[t] + head // GROUP * WIDTH + V_AT
-        real = tl.zeros((TOKENS,), tl.int32)
-        for b in tl.static_range(BLOCKS_[t]):
-            k, v, counts = load_keys(
-                k_ptr, v_ptr, key_mask_ptrs[t], batch, b * TOKENS, LENGTHS[t], K_STRIDES_[t], V_STRIDES_[t],
-                WIDTH, KEY_MASKS_[t], TOKENS, COLS, b == BLOCKS_[t] - 1,
-            )  # fmt: skip
-            ks = ks + (k,)
-            vs = vs + (v,)
-            real += counts.to(tl.int32)
+        more_ks, more_vs, uncounted = load_all_keys(
+            k_ptr, v_ptr, key_mask_ptrs[t], batch, LENGTHS[t], K_STRIDES_[t], V_STRIDES_[t],
+            WIDTH, KEY_MASKS_[t], BLOCKS_[t], TOKENS, COLS,
+        )  # fmt: skip
+        ks = ks + more_ks
+        vs = vs + more_vs
         blocks += BLOCKS_[t]
         keys += LENGTHS[t]
-        hidden += BLOCKS_[t] * TOKENS - (tl.sum(real, 0) if KEY_MASKS_[t] else LENGTHS[t])
+        hidden += uncounted
     fine = tl.full((TOKENS, COLS), 1, tl.int32)
     for block in tl.range(0, blocks, num_stages=1):
         next_query, next_keep, next_q = queries_of(
