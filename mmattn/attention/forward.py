@@ -153,6 +153,15 @@ def attend(
 
 
 @triton.jit
+def outputs_of(block, o_ptrs, lse_ptrs, log_ptrs, LENGTHS, Q_STRIDES_, SIZE: tl.constexpr):
+    """Pointers of the outputs of the stream that a block of SIZE tokens belongs to, and its length."""
+    _, o_ptr, length, _, _ = stream_of(block, o_ptrs, LENGTHS, Q_STRIDES_, SIZE)
+    _, lse_ptr, _, _, _ = stream_of(block, lse_ptrs, LENGTHS, Q_STRIDES_, SIZE)
+    _, log_ptr, _, _, _ = stream_of(block, log_ptrs, LENGTHS, Q_STRIDES_, SIZE)
+    return o_ptr, lse_ptr, log_ptr, length
+
+
+@triton.jit
 def store_rows(
     acc, total, top, keep, query, batch, head, length, o_ptr, lse_ptr, log_ptr,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr, LOGS: tl.constexpr, COLS: tl.constexpr,
@@ -255,9 +264,7 @@ def joint_attention_repair_body(
     all streams,): a program that finds none, as most do, has next to nothing to do, so each one looks far."""
     batch, head, block = place(LENGTHS, REACH, HEADS)
     i, q_ptr, length, q_stride, first = stream_of(block, q_ptrs, LENGTHS, Q_STRIDES_, REACH)
-    _, o_ptr, _, _, _ = stream_of(block, o_ptrs, LENGTHS, Q_STRIDES_, REACH)
-    _, lse_ptr, _, _, _ = stream_of(block, lse_ptrs, LENGTHS, Q_STRIDES_, REACH)
-    _, log_ptr, _, _, _ = stream_of(block, log_ptrs, LENGTHS, Q_STRIDES_, REACH)
+    o_ptr, lse_ptr, log_ptr, _ = outputs_of(block, o_ptrs, lse_ptrs, log_ptrs, LENGTHS, Q_STRIDES_, REACH)
     row = lse_ptr + (batch * HEADS + head) * length
     if any_nan(row, first, length, REACH):
         for part in tl.range(0, REACH // QUERIES, num_stages=1):
@@ -312,9 +319,7 @@ def joint_attention_fwd_body(
     """Grid (B * H * blocks of QUERIES tokens over all streams,)."""
     batch, head, block = place(LENGTHS, QUERIES, HEADS)
     i, q_ptr, length, q_stride, first = stream_of(block, q_ptrs, LENGTHS, Q_STRIDES_, QUERIES)
-    _, o_ptr, _, _, _ = stream_of(block, o_ptrs, LENGTHS, Q_STRIDES_, QUERIES)
-    _, lse_ptr, _, _, _ = stream_of(block, lse_ptrs, LENGTHS, Q_STRIDES_, QUERIES)
-    _, log_ptr, _, _, _ = stream_of(block, log_ptrs, LENGTHS, Q_STRIDES_, QUERIES)
+    o_ptr, lse_ptr, log_ptr, _ = outputs_of(block, o_ptrs, lse_ptrs, log_ptrs, LENGTHS, Q_STRIDES_, QUERIES)
     _, query_mask_ptr, _, query_masked, _ = stream_of(block, key_mask_ptrs, LENGTHS, KEY_MASKS_, QUERIES)
     if SHIFTED:
         shifted_softmax(

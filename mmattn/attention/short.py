@@ -8,7 +8,7 @@ to ask.
 from __future__ import annotations
 
 from .._triton import tl, triton
-from .forward import LN2, gather, load_all_keys, shifted_softmax, sums_in_range
+from .forward import LN2, gather, load_all_keys, outputs_of, shifted_softmax, sums_in_range
 from .tokens import load_queries, load_tokens, piece_of, stream_of, zero_head
 
 
@@ -77,9 +77,7 @@ def joint_attention_short_fwd_body(
         next_query, next_keep, next_q = queries_of(
             block + 1, q_ptrs, key_mask_ptrs, LENGTHS, Q_STRIDES_, KEY_MASKS_, batch, head, dtype, WIDTH, TOKENS, COLS
         )
-        _, o_ptr, length, _, _ = stream_of(block, o_ptrs, LENGTHS, Q_STRIDES_, TOKENS)
-        _, lse_ptr, _, _, _ = stream_of(block, lse_ptrs, LENGTHS, Q_STRIDES_, TOKENS)
-        _, log_ptr, _, _, _ = stream_of(block, log_ptrs, LENGTHS, Q_STRIDES_, TOKENS)
+        o_ptr, lse_ptr, log_ptr, length = outputs_of(block, o_ptrs, lse_ptrs, log_ptrs, LENGTHS, Q_STRIDES_, TOKENS)
         acc = zero_head(TOKENS, COLS)  # [TOKENS, COLS]
         total = tl.zeros((TOKENS, 8), tl.float32)
         for j in tl.static_range(len(ks)):
@@ -101,9 +99,7 @@ def joint_attention_short_fwd_body(
         tl.debug_barrier()  # what one thread has stored, others read
         for block in tl.range(0, blocks, num_stages=1):
             i, q_ptr, length, q_stride, first = stream_of(block, q_ptrs, LENGTHS, Q_STRIDES_, TOKENS)
-            _, o_ptr, _, _, _ = stream_of(block, o_ptrs, LENGTHS, Q_STRIDES_, TOKENS)
-            _, lse_ptr, _, _, _ = stream_of(block, lse_ptrs, LENGTHS, Q_STRIDES_, TOKENS)
-            _, log_ptr, _, _, _ = stream_of(block, log_ptrs, LENGTHS, Q_STRIDES_, TOKENS)
+            o_ptr, lse_ptr, log_ptr, _ = outputs_of(block, o_ptrs, lse_ptrs, log_ptrs, LENGTHS, Q_STRIDES_, TOKENS)
             _, query_mask_ptr, _, query_masked, _ = stream_of(block, key_mask_ptrs, LENGTHS, KEY_MASKS_, TOKENS)
             query = first + tl.arange(0, TOKENS)
             o = load_tokens(o_ptr + head * WIDTH, batch, query, length, HEADS * WIDTH, cols, WIDTH, query < length, False)
