@@ -52,19 +52,18 @@ def keys_of(p: Problem) -> dict[tuned.Key, str]:
 
 
 class Trial(NamedTuple):
-    """A key on a problem: the mode that it matters to, its results in float64, and how far from them the present choice is."""
+    """A mode of a problem: its results in float64, and how far from them the present choices are."""
 
     problem: Problem
-    key: tuned.Key
     mode: str
     exact: tuple
     error: float
 
 
-def trial(p: Problem, key: tuned.Key, mode: str) -> Trial:
+def trial(p: Problem, mode: str) -> Trial:
     forget()
     work, results = ours_torch(p), exact(p, mode)
-    return Trial(p, key, mode, results, relative_error(p, mode, work, torch_calls(work, mode)[0](), results))
+    return Trial(p, mode, results, relative_error(p, mode, work, torch_calls(work, mode)[0](), results))
 
 
 def checked(t: Trial, work: Work, results) -> None:
@@ -72,19 +71,19 @@ def checked(t: Trial, work: Work, results) -> None:
     relative_error(t.problem, t.mode, work, results, t.exact, 1.5 * t.error)
 
 
-def microseconds(t: Trial, config: tuned.Config) -> float:
+def microseconds(t: Trial, key: tuned.Key, config: tuned.Config) -> float:
     """Device time of the mode, checked first."""
     forget()
-    with tuned.trying(t.key, config):
+    with tuned.trying(key, config):
         work = ours_torch(t.problem)
         calls = torch_calls(work, t.mode)
         checked(t, work, calls[0]())
         return timing.quantiles(timing.graph(calls))[1]
 
 
-def check_jax(t: Trial, config: tuned.Config) -> None:
+def check_jax(t: Trial, key: tuned.Key, config: tuned.Config) -> None:
     forget()
-    with tuned.trying(t.key, config):
+    with tuned.trying(key, config):
         work = ours_jax(t.problem)
         fn, sets = jax_function(work, t.mode)
         checked(t, work, jax.block_until_ready(jax.jit(fn)(*sets[0])))
@@ -117,34 +116,35 @@ def tune(what: str, names: list[str] | None, dtype: str, limit_s: float | None, 
     for op, name in cases:
         try:
             p = problem(op, name, getattr(torch, dtype), hot=False)
-            trials = [trial(p, key, mode) for key, mode in keys_of(p).items()]
+            keys = keys_of(p)
+            trials = {mode: trial(p, mode) for mode in dict.fromkeys(keys.values())}
         except Exception as error:
             print(f"{op} {name} skipped: {reason(error)}", flush=True)
             continue
-        for t in trials:
-            for i, config in enumerate(candidates(t.key)):
+        for key, mode in keys.items():
+            for i, config in enumerate(candidates(key)):
                 if deadline is not None and time.monotonic() > deadline:
-                    print(f"time is up: {t.key} on {op} {name} and what follows not measured", flush=True)
+                    print(f"time is up: {key} on {op} {name} and what follows not measured", flush=True)
                     return
                 try:
-                    us = microseconds(t, config)
+                    us = microseconds(trials[mode], key, config)
                 except Exception as error:
-                    print(f"{op} {name} {t.key} {config} refused: {reason(error)}", flush=True)
+                    print(f"{op} {name} {key} {config} refused: {reason(error)}", flush=True)
                     us = math.inf
-                times.setdefault(t.key, {}).setdefault(i, []).append(us)
-                print(f"{op} {name} {t.key} {config}: {us:.2f} us", flush=True)
-            settle(t, times[t.key])
+                times.setdefault(key, {}).setdefault(i, []).append(us)
+                print(f"{op} {name} {key} {config}: {us:.2f} us", flush=True)
+            settle(trials[mode], key, times[key])
 
 
-def settle(t: Trial, times: dict[int, list[float]]) -> None:
+def settle(t: Trial, key: tuned.Key, times: dict[int, list[float]]) -> None:
     """Store the candidate with the smallest geometric mean that also passes in JAX; a refused one has an infinite time."""
-    key, offered = t.key, candidates(t.key)
+    offered = candidates(key)
     mean = lambda i: sum(map(math.log, times[i]))
     for i in sorted(times, key=mean):
         if mean(i) == math.inf:
             break
         try:
-            check_jax(t, offered[i])
+            check_jax(t, key, offered[i])
         except Exception as error:
             print(f"{key} {offered[i]} refused in JAX: {reason(error)}", flush=True)
             continue
