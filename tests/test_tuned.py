@@ -64,9 +64,7 @@ def test_attentions_own_choice_is_a_candidate(cols, reach, keys, masked):
     """So that tuning stores nothing slower."""
     for kind in ("unshifted", "single", "dq", "dkdv"):
         key = Key(f"joint_attention_{kind}-{reach}{'-masked' * masked}", cols, "bfloat16", 90)
-        rule = plans.backward_tiles(kind, cols, keys, masked)
-        rule = plans.unshifted_tiles(cols, "bfloat16", keys, masked) if kind == "unshifted" else rule
-        assert rule in plans.candidates(key), kind
+        assert plans.rule(kind, cols, "bfloat16", keys, masked) in plans.candidates(key), kind
 
 
 def test_the_table_holds_candidates_only():

@@ -69,6 +69,10 @@ def unshifted_tiles(cols: int, dtype: str, keys: int, masked: bool) -> tuple[dic
     return dict(QUERIES=128, KEYS=64, COLS=cols), 8, 3
 
 
+TOKENS = 64  # of a block in the kernels that keep a whole head, the forward in shared memory, the backward in registers
+BLOCKS = 4  # most that they keep: more were slower, or spill
+
+
 def backward_tiles(kind: str, cols: int, keys: int, masked: bool) -> tuple[dict[str, int], int, int]:
     """Tile, warps and stages of a backward kernel in 16 bits ("single", "dkdv" or "dq"), by measurement (docs/facts.md).
 
@@ -77,7 +81,7 @@ def backward_tiles(kind: str, cols: int, keys: int, masked: bool) -> tuple[dict[
     """
     tile = lambda queries, keys: dict(QUERIES=queries, KEYS=keys, COLS=cols)
     if kind == "single":
-        return tile(64, 64), 4, 1
+        return tile(TOKENS, TOKENS), 4, 1
     if cols == 16 and keys <= MIDDLE:
         return (tile(32, 64) if kind == "dkdv" else tile(64, 32)), 2, 3
     if cols < 128:
@@ -85,6 +89,11 @@ def backward_tiles(kind: str, cols: int, keys: int, masked: bool) -> tuple[dict[
     if kind == "dkdv":
         return tile(64, 64), 4, 2
     return (tile(64, 64), 8, 2) if masked else (tile(128, 64), 8, 3)  # a mask's registers spill there
+
+
+def rule(kind: str, cols: int, dtype: str, keys: int, masked: bool) -> tuple[dict[str, int], int, int]:
+    """What `configuration` takes of a kernel that can be tuned, where nobody has."""
+    return unshifted_tiles(cols, dtype, keys, masked) if kind == "unshifted" else backward_tiles(kind, cols, keys, masked)
 
 
 def configuration(target: Target, a, kind: str, causal: bool, precision: str) -> tuple[dict[str, int], int, int]:
@@ -97,9 +106,7 @@ def configuration(target: Target, a, kind: str, causal: bool, precision: str) ->
     reach = "short" if keys <= SHORT else "middle" if keys <= MIDDLE else "long"
     key = tuned.Key(f"joint_attention_{kind}-{reach}{'-masked' * masked}", cols, dtype, target.arch)
     measured = None if dtype == "float32" else tuned.lookup(key)
-    if measured:
-        return measured
-    return unshifted_tiles(cols, dtype, keys, masked) if kind == "unshifted" else backward_tiles(kind, cols, keys, masked)
+    return measured or rule(kind, cols, dtype, keys, masked)
 
 
 def candidates(key: tuned.Key) -> list[tuple[dict[str, int], int, int]]:
@@ -107,7 +114,7 @@ def candidates(key: tuned.Key) -> list[tuple[dict[str, int], int, int]]:
     kind, _, reach = key.kernel.removeprefix("joint_attention_").partition("-")
     if kind not in ("unshifted", "single", "dq", "dkdv"):
         return []
-    queries = (64, 128) if kind == "unshifted" else (64,) if kind == "single" else (32, 64, 128)
+    queries = (64, 128) if kind == "unshifted" else (TOKENS,) if kind == "single" else (32, 64, 128)
     at_once = kind == "single" or (kind == "unshifted" and reach == "short" and key.width <= 32)
     stages = (1,) if at_once else (1, 2, 3, 4)
     tiles = [(q, k, w) for q in queries for k in (32, 64, 128) for w in (2, 4, 8) if 16 <= q * k // (32 * w) <= 128]
@@ -276,10 +283,6 @@ def attention_forward(run, a, *, return_lse: bool, precision: str, **static):
     return (o + log if return_lse else o), lse + anys
 
 
-TOKENS = 64  # of a block in the kernels that keep a whole head, the forward in shared memory, the backward in registers
-BLOCKS = 4  # most that they keep: more were slower, or spill
-
-
 def blocks_of(a) -> dict[str, int]:
     return {f"BLOCK{i}": cdiv(L, TOKENS) for i, L in enumerate(lengths(a))}
 
@@ -386,7 +389,7 @@ def repair_plan(lengths: tuple[int, ...], outs: tuple[Spec, ...], constants: tup
 def is_single_pass(target: Target, a, causal: bool, scale: float) -> bool:
     """Whether one launch does the backward: dq of all queries of a head must fit the registers of a program, on sm_100 its tensor
     memory, where more compiles to a trap without a word. It divides by the scale."""
-    columns = max(16, next_power_of_2(a.q[0].shape[3])) * sum(cdiv(L, 64) for L in lengths(a))
+    columns = max(16, next_power_of_2(a.q[0].shape[3])) * sum(blocks_of(a).values())
     plain = a.attn_mask is None and not causal and scale > 1e-6 and heads_per_key(a) == 1
     return columns <= (48 if target.arch >= 100 else 96) and spec(a.v[0]).dtype == "bfloat16" and plain
 
@@ -418,14 +421,14 @@ def single_pass(run, a, o, do, lse, dlse, gradients, static):
     # on other architectures straight code spills.
     spare = a.q[0].shape[3] + 3 <= constants["COLS"]
     loop = run.target.arch != 90 or not fits(a) or spare or any(m is not None for m in a.key_masks)
-    loop |= not constants["QUERIES"] == constants["KEYS"] == TOKENS
-    blocks = [cdiv(L, constants["QUERIES"]) for L in lengths(a)]
-    constants |= {f"BLOCK{i}": x for i, x in enumerate(blocks)} | dict(LOOP=loop)
+    loop |= constants["KEYS"] != TOKENS
+    blocks = blocks_of(a)
+    constants |= blocks | dict(LOOP=loop)
     outs = tuple(x for grads in gradients for x in grads)
     if loop:
         programs = heads
     else:
-        programs, stages = min(heads, run.target.sms * (2 if sum(blocks) > 1 else 4)), 2  # as many as registers let run
+        programs, stages = min(heads, run.target.sms * (2 if sum(blocks.values()) > 1 else 4)), 2  # as many as registers let run
     p = single_plan(lengths(a), heads, programs, outs, tuple(constants.items()), warps, stages)
     results = tuple(run(p, *a.q, *a.k, *a.v, *key_mask_inputs(a), *o, *do, *lse, *(dlse or lse)))
     return results[:n], results[n : 2 * n], results[2 * n :]
