@@ -10,6 +10,7 @@ What Triton's interpreter leaves to us:
 - calling a device function patches `triton.language` and never restores it, after which nothing compiles; here only the
   launch patches, and restores.
 - nothing checks addresses; here a load or store outside the launch's operands raises.
+- it computes every integer sum and product once more in int64, for a check of overflow that only its debug mode reads.
 - it is global state: one launch at a time.
 """
 
@@ -172,6 +173,7 @@ def interpreting():
     methods = {name: method for name, method in vars(Builder).items() if callable(method)}
     changes = [(interpreter.InterpreterBuilder, methods)]
     changes += [(interpreter.ReduceOps, dict(sum=tree_sum))]
+    changes += [(interpreter.interpreter_builder, dict(options=interpreter.InterpreterOptions(sanitize_overflow=False)))]
     changes += [(owner, dict(__call__=call_device_function)) for owner in (JITFunction, interpreter.InterpretedFunction)]
     with contextlib.ExitStack() as stack:
         stack.enter_context(np.errstate(all="ignore"))
