@@ -27,6 +27,7 @@ if JAX:
     import jax
 
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # a callback with a large operand hangs otherwise
+    jax.config.update("jax_disable_most_optimizations", not GPU)  # LLVM's take longer than they save
 
 
 @pytest.hookimpl(tryfirst=True)
