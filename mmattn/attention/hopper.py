@@ -258,7 +258,7 @@ def produce(
 @gluon.jit
 def ring(SIZE: gl.constexpr, TOKENS: gl.constexpr, WIDTH: gl.constexpr, READERS: gl.constexpr):
     """Shared memory of SIZE tiles, and barriers of each: it is full, and READERS warpgroups have emptied it."""
-    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=3)
+    layout: gl.constexpr = gl.NVMMASharedLayout(min(128, 2 * WIDTH), 16, rank=3)
     smem = gl.allocate_shared_memory(gl.bfloat16, [SIZE, 1, TOKENS, WIDTH], layout)
     full = gl.allocate_shared_memory(gl.int64, [SIZE, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SIZE, 1], mbarrier.MBarrierLayout())

@@ -321,19 +321,27 @@ def on_hopper(target: Target, a, causal: bool) -> bool:
     if not (target.gluon and target.arch == 90) or a.attn_mask is not None or causal or any(m is not None for m in a.key_masks):
         return False
     B, _, H, d = a.q[0].shape
-    if len(a.q) > 2 or d not in (64, 128) or heads_per_key(a) > 1 or B == 0 or min(lengths(a)) < 128:
+    if len(a.q) > 2 or d not in (32, 64, 128) or heads_per_key(a) > 1 or B == 0 or min(lengths(a)) < 128:
         return False
-    blocks = sum(cdiv(L, hopper_keys(d)) for L in lengths(a))
     return (
-        hopper_tiles(lengths(a), B * H) * blocks >= WORTHWHILE * target.sms
+        is_worthwhile(target, lengths(a), B * H, d)
         and all(spec(x).dtype == "bfloat16" for x in (a.q[0], a.k[0], a.v[0]))
         and all(aligned(x, 3 if len(x.shape) == 5 else 2) for x in (*a.q, *a.k, *a.v))
     )
 
 
+def is_worthwhile(target: Target, lengths: tuple[int, ...], heads: int, d: int) -> bool:
+    """Whether the kernel for Hopper is faster, by measurement (docs/facts.md). At width 32, where it gains least, only on long
+    sequences, and where the rounds of tiles of all multiprocessors are at least 90% full."""
+    tiles, blocks = hopper_tiles(lengths, heads), sum(cdiv(L, hopper_keys(d)) for L in lengths)
+    room = cdiv(tiles, target.sms) * target.sms * CONSUMERS.value * ROWS.value
+    full = sum(lengths) >= MIDDLE and heads * sum(lengths) >= 0.9 * room
+    return tiles * blocks >= WORTHWHILE * target.sms and (d > 32 or full)
+
+
 def hopper_keys(d: int) -> int:
-    """Keys of a block: three stages of k and v, and 192 queries, fill the shared memory."""
-    return 8192 // d
+    """Keys of a block: three stages of k and v, and 192 queries, fill the shared memory; below width 64, registers."""
+    return min(128, 8192 // d)
 
 
 def hopper_tiles(lengths: tuple[int, ...], heads: int) -> int:
@@ -380,7 +388,7 @@ def repair_plan(lengths: tuple[int, ...], outs: tuple[Spec, ...], constants: tup
         outs,
         integers(LENGTHS=lengths),
         constants,
-        warps=4 if constants["COLS"] == 64 else 8,
+        warps=8 if constants["COLS"] == 128 else 4,
         stages=2,
         aliases=aliases,
     )
