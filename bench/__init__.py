@@ -5,7 +5,8 @@ What is timed
     bwd      the gradients of a saved forward for given cotangents, alone
     fwdbwd   both, without an optimiser
 Times are device times: of CUDA graph replays in torch; in JAX of calls chained inside one jit, or the sum of their kernels'
-times by the profiler where launching takes XLA longer than running (see timing.py). All ratios come from one run on one GPU.
+times by the profiler where launching takes XLA longer than running (see timing.py). A model's providers without a graph in their
+name, and JAX's, are plain calls in a row, the slower of host and device. All ratios come from one run on one GPU.
 Beside them stand the host's time for one eager call of a norm (with and without gradients), the distance from float64 (who is
 too far from it is printed as wrong, without a time), and, counted from the plans without running them, the launches and bytes
 of ours.

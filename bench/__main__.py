@@ -23,6 +23,7 @@ def main() -> None:
     run.add_argument("--limit-s", type=float, help="seconds after which nothing new is started")
     run.add_argument("--workers", type=int, default=0, help="compile in so many processes first")
     run.add_argument("--warm", action="store_true", help="compile only, what such a process does")
+    run.add_argument("--hold", type=Path, help="model only: compile everything, wait until this file exists, then time")
     run.add_argument("--hot", action="store_true", help="one input set, in the cache where it fits")
     run.add_argument("--commit", help="what the rows name, where the tree has no git")
 
@@ -58,11 +59,13 @@ def main() -> None:
     unknown = sorted(set(arguments.providers or ()) - known)
     if unknown:
         parser.error(f"unknown providers {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+    if arguments.hold and arguments.what != "model":
+        parser.error("--hold is for the model alone")
     named = (arguments.what, arguments.shapes, arguments.providers, arguments.dtype, arguments.mode)
     if arguments.warm:
         warm(*named)
     else:
-        run(*named, arguments.out, arguments.limit_s, arguments.hot, arguments.commit, arguments.workers)
+        run(*named, arguments.out, arguments.limit_s, arguments.hot, arguments.commit, arguments.workers, arguments.hold)
 
 
 if __name__ == "__main__":

@@ -73,8 +73,6 @@ def torch_calls(work: Work, mode: str) -> list[Callable]:
 
 def jax_function(work: Work, mode: str) -> tuple[Callable, list[tuple]]:
     """What a chain calls, and the argument sets it rotates over."""
-    import jax
-
     if mode == "fwd":
         return work.fn, [s.arrays for s in work.sets]
     if mode == "bwd":
@@ -87,19 +85,35 @@ class Wrong(Exception):
     """A provider's results are not the problem's."""
 
 
-def timed(times: list[float], error=None, host_us=None, host_no_grad_us=None, kernels_us=None) -> dict:
+def calls_of(work: Work, mode: str) -> list[Callable] | tuple[Callable, list[tuple]]:
+    return (torch_calls if work.framework == "torch" else jax_function)(work, mode)
+
+
+def compiled(work: Work, mode: str) -> list[Callable] | tuple[Callable, list[tuple]]:
+    """calls_of what has been compiled; JAX does so without running, so that its allocator holds nothing yet."""
+    calls = calls_of(work, mode)
+    if work.framework == "torch":
+        with torch.cuda.stream(timing.stream()):
+            calls[0]()
+    else:
+        fn, sets = calls
+        jax.jit(fn).lower(*sets[0]).compile()
+    return calls
+
+
+def timed(times: list[float], error=None, host_us=None, host_no_grad_us=None, kernels_us=None, whole=False) -> dict:
     """device_us is what providers are compared by: the sum of its kernels' times where a profiler shows them, without what lies
-    between them, else a call's, which includes launching them and in JAX is a difference of two wall clocks."""
+    between them, else a call's, which includes launching them and in JAX is a difference of two wall clocks. `whole`: a call's
+    even so, for what users wait for as a whole."""
     p20, p50, p80 = timing.quantiles(times)
     host = dict(host_us=host_us, host_no_grad_us=host_no_grad_us)
-    device = p50 if kernels_us is None else kernels_us
+    device = p50 if kernels_us is None or whole else kernels_us
     return dict(p20_us=p20, p50_us=p50, p80_us=p80, kernels_us=kernels_us, device_us=device, error=error, **host)
 
 
-def measure(p: Problem, work: Work, mode: str, exact_results) -> dict:
+def measure(p: Problem, work: Work, mode: str, calls, exact_results) -> dict:
     kernels = host = host_no_grad = None
     if work.framework == "torch":
-        calls = torch_calls(work, mode)
         with torch.cuda.stream(timing.stream()):
             results = calls[0]()
             error = relative_error(p, mode, work, results, exact_results)
@@ -110,15 +124,13 @@ def measure(p: Problem, work: Work, mode: str, exact_results) -> dict:
                 with torch.no_grad():
                     host_no_grad = timing.host(calls[0])
     else:
-        import jax
-
-        fn, sets = jax_function(work, mode)
+        fn, sets = calls
         error = relative_error(p, mode, work, jax.block_until_ready(jax.jit(fn)(*sets[0])), exact_results)
         if work.graph:
             times, kernels = timing.chain(fn, sets)
         else:
-            times = timing.jitted(fn, sets)
-    return timed(times, error, host, host_no_grad, kernels)
+            times, kernels = timing.jitted(fn, sets)
+    return timed(times, error, host, host_no_grad, kernels, whole=p.op == "model")
 
 
 def relative_error(p: Problem, mode: str, work: Work, results, exact_results, limit: float | None = None) -> float | None:
@@ -220,10 +232,26 @@ class Session:
         return self.deadline is not None and time.monotonic() > self.deadline
 
 
-def run_problem(session: Session, p: Problem, modes: Iterable[str], providers: list[str], top: dict) -> None:
+def compile_first(p: Problem, modes: Iterable[str], providers: list[str]) -> dict[str, tuple[Work, dict]]:
+    """Each provider's work and its compiled calls of each mode. What does not compile is left out, and is tried again when its
+    turn comes, which then says why."""
+    held = {}
+    for name in providers:
+        with contextlib.suppress(Exception):
+            held[name] = work, calls = PROVIDERS[p.op][name](p), {}
+            for mode in modes:
+                start = time.monotonic()
+                calls[mode] = compiled(work, mode)
+                print(f"{p.op} {p.name}: {name} {mode} compiled in {time.monotonic() - start:.1f} s", flush=True)
+        clear(code=False)
+    return held
+
+
+def run_problem(
+    session: Session, p: Problem, modes: list[str], providers: list[str], top: dict, held: dict[str, tuple[Work, dict]] | None
+) -> None:
     where = f"{p.op} {p.name}"
     dtype = dtype_of(p)
-    modes = [mode for mode in p.modes if mode in modes]
     about = dict(op=p.op, shape=p.name, sizes=shapes.text(p.shape), dtype=dtype, sets=len(p.sets))
     counts = {} if p.op == "model" else count(p)
     results = {mode: exact(p, mode) if mode in ("fwd", "bwd") and (p.op, mode) != ("model", "bwd") else None for mode in modes}
@@ -240,18 +268,18 @@ def run_problem(session: Session, p: Problem, modes: Iterable[str], providers: l
         if session.over:
             print(f"{where}: time is up, {name} and those after it not reached", flush=True)
             break
-        work, mode = None, "build"
+        work, calls, mode = None, None, "build"
         try:
-            work = PROVIDERS[p.op][name](p)
+            work, calls = (held or {}).pop(name, None) or (PROVIDERS[p.op][name](p), {})
             for mode in modes:
-                note(name, mode, measure(p, work, mode, results[mode]))
+                note(name, mode, measure(p, work, mode, calls.get(mode) or calls_of(work, mode), results[mode]))
         except Wrong as error:
             print(f"{where}: {name} is wrong at {mode}: {error}", flush=True)
             session.write("wrong", **about, mode=mode, provider=name, why=str(error))
         except Exception as error:  # a provider that cannot take the problem must not end the run
             print(f"{where}: {name} skipped at {mode}: {reason(error)}", flush=True)
-        del work
-        clear()
+        work = calls = None
+        clear(code=held is None)
     if p.op in shapes.GROUPS["norms"] and not session.over:
         for mode in modes:
             note(COPY, mode, timed(timing.copy_time(counts[mode].least, len(p.sets))))
@@ -282,12 +310,13 @@ def warm(what: str, shape_names: list[str] | None, provider_names: list[str] | N
             clear()
 
 
-def clear() -> None:
+def clear(code: bool = True) -> None:
     """Nothing of one provider may stay for the next: compiled code of one function would serve another that looks the same."""
     gc.collect()
-    torch._dynamo.reset()
     torch.cuda.empty_cache()
-    jax.clear_caches()
+    if code:
+        torch._dynamo.reset()
+        jax.clear_caches()
 
 
 def run(
@@ -301,6 +330,7 @@ def run(
     hot: bool,
     commit: str | None,
     workers: int,
+    hold: Path | None,
 ) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("bench run: torch sees no GPU; the benchmark needs an NVIDIA GPU.")
@@ -314,6 +344,16 @@ def run(
         together(
             [["run", op, "--shapes", name, *named, "--dtype", dtype, "--mode", mode, "--warm"] for op, name in cases], workers
         )
+    of = lambda p: [mode for mode in p.modes if mode in modes]
+    known = lambda op: [provider for provider in PROVIDERS[op] if provider_names is None or provider in provider_names]
+    ready = {}
+    if hold:
+        for op, name in cases:
+            p = problem(op, name, getattr(torch, dtype), hot)
+            ready[op, name] = p, compile_first(p, of(p), known(op))
+        print(f"compiled, waiting for {hold}", flush=True)
+        while not hold.exists():
+            time.sleep(0.05)
     about = machine(commit)
     slug = about["gpu"].removeprefix("NVIDIA ").replace(" ", "-").lower()
     out = out or RESULTS / f"{slug}-{what}.jsonl"
@@ -330,10 +370,11 @@ def run(
         if session.over:
             print("time is up, not reached: " + ", ".join(" ".join(case) for case in cases[i:]))
             break
-        providers = [provider for provider in PROVIDERS[op] if provider_names is None or provider in provider_names]
         try:
-            run_problem(session, problem(op, name, getattr(torch, dtype), hot), modes, providers, top)
+            p, held = ready.pop((op, name), None) or (problem(op, name, getattr(torch, dtype), hot), None)
+            run_problem(session, p, of(p), known(op), top, held)
         except Exception as error:  # out of memory for one shape must not end the run
             print(f"{op} {name} skipped: {reason(error)}", flush=True)
-        clear()
+        p = held = None
+        clear(code=not ready)
     print(f"\nrows are in {out}")

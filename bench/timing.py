@@ -141,8 +141,8 @@ def chain(fn: Callable, sets: Sequence[tuple]) -> tuple[list[float], float | Non
     return times, kernel_time(many) / n or None
 
 
-def jitted(fn: Callable, sets: Sequence[tuple]) -> list[float]:
-    """Calls of jit(fn) one after the other: the slower of host and device."""
+def jitted(fn: Callable, sets: Sequence[tuple]) -> tuple[list[float], float | None]:
+    """Calls of jit(fn) one after the other, the slower of host and device, and the sum of a call's kernel times."""
     import jax
 
     run = jax.jit(fn)
@@ -156,7 +156,7 @@ def jitted(fn: Callable, sets: Sequence[tuple]) -> list[float]:
         return 1e6 * (time.perf_counter() - start) / n
 
     n = repeats(wall(1), len(sets))
-    return [wall(n) for _ in range(max(5, SAMPLES // 4))]
+    return [wall(n) for _ in range(max(5, SAMPLES // 4))], kernel_time(partial(run, *sets[0])) or None
 
 
 def kernel_time(run: Callable) -> float:
