@@ -242,8 +242,8 @@ def launch(plan: Plan, operands, outs) -> None:
 
 
 def poisoned(shape, dtype) -> np.ndarray:
-    """An output that no kernel has written: NaN."""
-    return np.full(shape, np.nan, dtype)
+    """An output that no kernel has written: NaN, and no integer that anybody would take for one that was."""
+    return np.full(shape, np.iinfo(dtype).max if np.dtype(dtype).kind == "i" else np.nan, dtype)
 
 
 def at_address(address: int, like):

@@ -49,6 +49,7 @@ SPILLS = {
         joint_attention_bwd=192,
         joint_attention_bwd_dkdv=160,
         joint_attention_bwd_dq=32,
+        joint_attention_hopper_bwd=40,
         qk_norm_rope_bwd=16,
         adaln_bwd=256,
         gated_residual_norm_adaln_bwd=704,

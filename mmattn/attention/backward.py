@@ -1,4 +1,5 @@
-"""Backward kernels of joint attention: delta, then dq per block of queries, then dk and dv per block of keys."""
+"""Backward kernels of joint attention: delta, then dq per block of queries, then dk and dv per block of keys; and what the one
+for Hopper needs besides, locks and the rounding of dq."""
 
 from __future__ import annotations
 
@@ -29,16 +30,19 @@ def padded(length, EXACT: tl.constexpr):
 
 
 @triton.jit
-def store_statistics(ptr, at, shift, delta, inside, EXACT: tl.constexpr):
+def store_statistics(ptr, row, token, reach, shift, delta, inside, EXACT: tl.constexpr, APART: tl.constexpr):
     """What a score's gradient needs of its row: delta; or minus the shift, -inf for an empty row, and minus delta, side by
-    side, since a pair is fetched by one load and nothing is left to do to them for each tile."""
+    side, since a pair is fetched by one load and nothing is left to do to them for each tile. APART: in rows of their own.
+
+    `row` counts (sample, head) pairs, each of which has `reach` tokens."""
     delta = tl.where(shift == float("-inf"), 0.0, delta)
     if EXACT:
-        tl.store(ptr + at, delta, mask=inside)
+        tl.store(ptr + row * reach + token, delta, mask=inside)
     else:
         minus_shift = tl.where(shift == float("-inf"), shift, -shift)
-        pair = tl.join(minus_shift, -delta)
-        tl.store(ptr + 2 * at[:, None] + tl.arange(0, 2)[None, :], pair, mask=inside[:, None])
+        at = 2 * row * reach + (token if APART else 2 * token)
+        step = reach if APART else 1
+        tl.store(ptr + at[:, None] + step * tl.arange(0, 2)[None, :], tl.join(minus_shift, -delta), mask=inside[:, None])
 
 
 @triton.jit
@@ -47,21 +51,32 @@ def attention_delta_body(
     do_ptrs,  # (B, L_s, H, d)
     lse_ptrs,  # (B, H, L_s) float32, as the forward wrote it
     dlse_ptrs,  # (B, H, L_s) float32
-    delta_ptrs,  # (B, H, padded L_s, 2) float32; EXACT: (B, H, L_s)
+    delta_ptrs,  # (B, H, padded L_s, 2) float32; EXACT: (B, H, L_s); LOCK_TOKENS: (B, H, 2, padded L_s)
+    locks_ptr,  # LOCK_TOKENS: (1 + B * H * blocks of LOCK_TOKENS tokens,) int32, set to 0
     LENGTHS,
     HEADS,
     WIDTH,
     SHIFTED,  # whether dlse is given
     EXACT,
+    LOCK_TOKENS,  # for joint_attention_hopper_bwd_body: tokens of a block of dq, which has a lock; else 0
     ROWS,
     COLS,
 ):
-    """Grid (B * blocks of ROWS (token, head) rows over all streams,): delta = sum(o * do) - dlse, 0 for an empty row."""
+    """Grid (B * blocks of ROWS (token, head) rows over all streams,): delta = sum(o * do) - dlse, 0 for an empty row.
+
+    Locks are set to 0, 32 a program, which are more than there are: a program has 16 rows or more, a lock as many or more.
+    """
     blocks = 0
     for t in tl.static_range(len(o_ptrs)):
         blocks += tl.cdiv(padded(LENGTHS[t], EXACT) * HEADS, ROWS)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
+    if LOCK_TOKENS:
+        locks = 0
+        for t in tl.static_range(len(o_ptrs)):
+            locks += tl.cdiv(LENGTHS[t], LOCK_TOKENS)
+        lock = tl.program_id(0) * 32 + tl.arange(0, 32)
+        tl.store(locks_ptr + lock, 0, mask=lock <= tl.num_programs(0) // blocks * HEADS * locks)
     for t in tl.static_range(len(o_ptrs)):
         reach = padded(LENGTHS[t], EXACT)
         here = tl.cdiv(reach * HEADS, ROWS)
@@ -81,8 +96,8 @@ def attention_delta_body(
             if SHIFTED:
                 delta -= tl.load(dlse_ptrs[t] + at, mask=real, other=0.0)
             shift = tl.load(lse_ptrs[t] + (2 * at if EXACT else at), mask=real, other=float("-inf"))
-            at = (batch * HEADS + row % HEADS) * reach + row // HEADS
-            store_statistics(delta_ptrs[t], at, shift, delta, row < reach * HEADS, EXACT)
+            pair, token = batch * HEADS + row % HEADS, row // HEADS
+            store_statistics(delta_ptrs[t], pair, token, reach, shift, delta, row < reach * HEADS, EXACT, LOCK_TOKENS > 0)
         block -= here
 
 
@@ -346,3 +361,28 @@ def joint_attention_bwd_dq_body(
     for j in tl.static_range(len(acc)):
         at, inside = piece_of(batch, head, query, length, j, HEADS, WIDTH, COLS)
         tl.store(dq_ptr + at, (acc[j] * DQ_SCALE).to(dq_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def attention_round_body(
+    x_ptrs,  # (B, L_s, H, d) float32
+    rounded_ptrs,  # (B, L_s, H, d)
+    LENGTHS,
+    HEADS,
+    WIDTH,
+    SIZE,
+):
+    """Grid (B * blocks of SIZE numbers over all streams,): x in another dtype."""
+    blocks = 0
+    for t in tl.static_range(len(x_ptrs)):
+        blocks += tl.cdiv(LENGTHS[t] * HEADS * WIDTH, SIZE)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    for t in tl.static_range(len(x_ptrs)):
+        each = LENGTHS[t] * HEADS * WIDTH
+        here = tl.cdiv(each, SIZE)
+        if (block >= 0) & (block < here):
+            at = block * SIZE + tl.arange(0, SIZE)
+            x = tl.load(x_ptrs[t] + batch * each + at, mask=at < each)
+            tl.store(rounded_ptrs[t] + batch * each + at, x.to(rounded_ptrs[t].dtype.element_ty), mask=at < each)
+        block -= here

@@ -8,9 +8,10 @@ from functools import cache
 from .. import tuned
 from ..op import UNUSED, Plan, Spec, Target, aligned, cdiv, next_power_of_2, row_stride, spec
 from ..streams import integers, over_streams
-from .backward import PAD, attention_delta_body, joint_attention_bwd_dkdv_body, joint_attention_bwd_dq_body
+from .backward import PAD, attention_delta_body, attention_round_body, joint_attention_bwd_dkdv_body, joint_attention_bwd_dq_body
 from .forward import joint_attention_fwd_body, joint_attention_repair_body
 from .hopper import CONSUMERS, ROWS, joint_attention_hopper_body
+from .hopper_backward import KEYS, joint_attention_hopper_bwd_body
 from .short import joint_attention_short_fwd_body
 from .single_pass import joint_attention_bwd_body
 from .tokens import mask_any_kernel
@@ -178,16 +179,26 @@ def plan(
 
 
 @cache
-def delta_plan(lengths: tuple[int, ...], outs: tuple[Spec, ...], H: int, d: int, shifted: bool, exact: bool) -> Plan:
+def delta_plan(
+    lengths: tuple[int, ...],
+    statistics: tuple[Spec, ...],
+    H: int,
+    d: int,
+    shifted: bool,
+    exact: bool,
+    lock_tokens: int = 0,
+    locks: Spec = UNUSED,
+) -> Plan:
+    """lock_tokens, locks: the queries of a block and the locks of joint_attention_hopper_bwd_body."""
     cols = next_power_of_2(d)
     rows = max(1, 2048 // cols)
     reach = [L if exact else cdiv(L, PAD.value) * PAD.value for L in lengths]
     return Plan(
-        over_streams(attention_delta_body, len(outs)),
-        grid=(outs[0].shape[0] * sum(cdiv(L * H, rows) for L in reach),),
-        outs=outs,
+        over_streams(attention_delta_body, len(lengths)),
+        grid=(statistics[0].shape[0] * sum(cdiv(L * H, rows) for L in reach),),
+        outs=(*statistics, locks),
         ints=integers(LENGTHS=lengths),
-        meta=dict(HEADS=H, WIDTH=d, SHIFTED=shifted, EXACT=exact, ROWS=rows, COLS=cols),
+        meta=dict(HEADS=H, WIDTH=d, SHIFTED=shifted, EXACT=exact, LOCK_TOKENS=lock_tokens, ROWS=rows, COLS=cols),
         warps=4,
     )
 
@@ -316,18 +327,21 @@ def forward_specs(a, return_lse: bool, precision: str) -> tuple[Spec, ...]:
 WORTHWHILE = 48  # blocks of keys for each multiprocessor to walk, below which the kernel for Hopper gains nothing
 
 
-def on_hopper(target: Target, a, causal: bool) -> bool:
-    """Whether the forward takes the kernel for Hopper: what it knows, what its loads can address, and enough to do."""
+def for_hopper(target: Target, a, causal: bool) -> bool:
+    """Whether a call is one that the kernels for Hopper know, with arrays that their loads can address."""
     if not (target.gluon and target.arch == 90) or a.attn_mask is not None or causal or any(m is not None for m in a.key_masks):
         return False
-    B, _, H, d = a.q[0].shape
-    if len(a.q) > 2 or d not in (32, 64, 128) or heads_per_key(a) > 1 or B == 0 or min(lengths(a)) < 128:
+    if len(a.q) > 2 or heads_per_key(a) > 1 or a.q[0].shape[0] == 0 or min(lengths(a)) < 128:
         return False
-    return (
-        is_worthwhile(target, lengths(a), B * H, d)
-        and all(spec(x).dtype == "bfloat16" for x in (a.q[0], a.k[0], a.v[0]))
-        and all(aligned(x, 3 if len(x.shape) == 5 else 2) for x in (*a.q, *a.k, *a.v))
+    return all(spec(x).dtype == "bfloat16" for x in (a.q[0], a.k[0], a.v[0])) and all(
+        aligned(x, 3 if len(x.shape) == 5 else 2) for x in (*a.q, *a.k, *a.v)
     )
+
+
+def on_hopper(target: Target, a, causal: bool) -> bool:
+    """Whether the forward takes the kernel for Hopper, which is worth it if there is enough to do."""
+    B, _, H, d = a.q[0].shape
+    return d in (32, 64, 128) and for_hopper(target, a, causal) and is_worthwhile(target, lengths(a), B * H, d)
 
 
 def is_worthwhile(target: Target, lengths: tuple[int, ...], heads: int, d: int) -> bool:
@@ -411,6 +425,8 @@ def attention_backward(run, a, outs, residuals, douts, *, precision: str, wide: 
     gradients = like(a.q), like(a.k), tuple(Spec(tuple(x.shape), spec(a.v[0]).dtype) for x in a.k)
     if is_single_pass(run.target, a, static["causal"], static["scale"]):
         return single_pass(run, a, o, do, lse, dlse, gradients, static)
+    if backward_on_hopper(run.target, a, do, static["causal"]):
+        return hopper_backward(run, a, o, do, lse, dlse, gradients, static)
     return two_passes(run, a, mask_inputs(a, anys), o, do, lse, dlse, gradients, static)
 
 
@@ -456,7 +472,7 @@ def two_passes(run, a, masks, o, do, lse, dlse, gradients, static):
     n = len(a.q)
     exact = is_exact(a, static["precision"])
     statistics = log_specs(a) if exact else statistics_specs(a)
-    delta = tuple(run(delta_plan(lengths(a), statistics, H, d, bool(dlse), exact), *o, *do, *lse, *(dlse or lse)))
+    delta = tuple(run(delta_plan(lengths(a), statistics, H, d, bool(dlse), exact), *o, *do, *lse, *(dlse or lse)))[:n]
     inputs = (*a.q, *a.k, *a.v, *masks, *do, *lse)
     dq, dk, dv = gradients
     scales = gradient_scales(**static)
@@ -473,3 +489,60 @@ def two_passes(run, a, masks, o, do, lse, dlse, gradients, static):
     )
     dkdv = tuple(run(p, *inputs, *delta))
     return dq, dkdv[:n], dkdv[n:]
+
+
+def hopper_queries(d: int) -> int:
+    """Queries of a block: as many as registers hold beside dk and dv."""
+    return min(128, 4096 // d)
+
+
+def backward_on_hopper(target: Target, a, do, causal: bool) -> bool:
+    """Whether the backward takes the kernel for Hopper."""
+    B, _, H, d = a.q[0].shape
+    if d not in (16, 32, 64, 128) or not for_hopper(target, a, causal) or not all(aligned(x, 2) for x in do):
+        return False
+    return backward_is_worthwhile(target, lengths(a), B * H)
+
+
+def backward_is_worthwhile(target: Target, lengths: tuple[int, ...], heads: int) -> bool:
+    """Whether the kernel for Hopper was faster than the two of `two_passes` (docs/facts.md). Not measured: short sequences, few
+    heads, whose tiles wait for one another, and fewer than 30 products of 128 keys and queries a multiprocessor."""
+    tiles = sum(cdiv(L, KEYS.value) for L in lengths)
+    return sum(lengths) >= MIDDLE and heads >= 8 and heads * tiles**2 >= 30 * target.sms
+
+
+def hopper_backward(run, a, o, do, lse, dlse, gradients, static):
+    """attention_backward in one pass over the scores. dq is summed in float32, and rounded by a launch of its own."""
+    B, _, H, d = a.q[0].shape
+    n, queries = len(a.q), hopper_queries(d)
+    locks = Spec((1 + B * H * sum(cdiv(L, queries) for L in lengths(a)),), "int32")
+    rows = tuple(Spec((B, H, 2, x.shape[2]), x.dtype) for x in statistics_specs(a))
+    first = delta_plan(lengths(a), rows, H, d, bool(dlse), False, queries, locks)
+    *statistics, zeros = run(first, *o, *do, *lse, *(dlse or lse))
+    constants, _, _ = meta(run.target, a, "dkdv", **static)
+    names = ("V_AT", "HEADS", "WIDTH", "SCALE", *(name for name in constants if "STRIDE" in name))
+    constants = {name: constants[name] for name in names} | gradient_scales(**static) | dict(QUERIES=queries)
+    dq, dk, dv = gradients
+    sums = tuple(Spec(x.shape, "float32") for x in dq)
+    p = hopper_backward_plan(lengths(a), B, run.target.sms, (*sums, *dk, *dv, locks), tuple(constants.items()))
+    results = tuple(run(p, *a.q, *a.k, *a.v, *do, *statistics, zeros))
+    summed, dk, dv = results[:n], results[n : 2 * n], results[2 * n : 3 * n]
+    return summed if dq[0].dtype == "float32" else tuple(run(round_plan(lengths(a), dq), *summed)), dk, dv
+
+
+@cache
+def hopper_backward_plan(lengths: tuple[int, ...], B: int, sms: int, outs: tuple[Spec, ...], constants: tuple) -> Plan:
+    constants, n = dict(constants), len(lengths)
+    tiles = B * constants["HEADS"] * sum(cdiv(L, KEYS.value) for L in lengths)
+    ints = integers(LENGTHS=lengths, SAMPLES=(B,) * n)
+    kernel = over_streams(joint_attention_hopper_bwd_body, n)
+    return Plan(kernel, (min(tiles, sms),), outs, ints, constants, warps=4, aliases={3 * n: 5 * n})
+
+
+@cache
+def round_plan(lengths: tuple[int, ...], outs: tuple[Spec, ...]) -> Plan:
+    B, _, H, d = outs[0].shape
+    size = 4096
+    grid = (B * sum(cdiv(L * H * d, size) for L in lengths),)
+    constants = dict(HEADS=H, WIDTH=d, SIZE=size)
+    return Plan(over_streams(attention_round_body, len(lengths)), grid, outs, integers(LENGTHS=lengths), constants, warps=4)

@@ -1,0 +1,571 @@
+"""Backward of joint attention on Hopper, in Gluon: one pass over the scores, dq summed in memory.
+
+A program takes tiles of 128 keys, one after the other, and walks all queries for each. Warps have roles. One, the producer,
+claims tiles and loads. Two warpgroups, the key side, hold dk and dv of 64 keys each and write their dS to shared memory. A
+third, the query side, multiplies it into the tile's share of dq, so that the other two meet at no block (Shah et al. 2024,
+arXiv:2407.08608, FlashAttention-3, whose warpgroups do).
+
+The tensor memory accelerator adds the shares to dq, and every block of dq is added to in the order of its tiles, so that dq is
+the same to the bit every time: for each block of queries of each head a lock counts the tiles that have been added. One warp
+waits for the locks, one has the accelerator add, one sets the locks. A tile waits only for tiles that were claimed before it,
+by programs that run, so that it ends however few programs the GPU holds at once.
+"""
+
+from __future__ import annotations
+
+from .._gluon import (
+    async_add,
+    async_load,
+    async_store,
+    fence_async_shared,
+    gl,
+    gluon,
+    make_tensor_descriptor,
+    mbarrier,
+    store_wait,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from .backward import PAD
+from .hopper import descriptors, exponentials
+
+ROWS = gl.constexpr(64)  # keys of a warpgroup: what one wgmma multiplies
+KEYS = gl.constexpr(128)  # of a tile
+STAGES = gl.constexpr(3)  # blocks of queries in shared memory
+SLOTS = gl.constexpr(2)  # of what roles hand to one another: tiles, dS, shares of dq
+AHEAD = gl.constexpr(4)  # blocks by which permits to add to dq may be ahead of what is counted as added
+TOGETHER = gl.constexpr(32)  # heads whose tiles of keys take turns: programs that run at once seldom wait for one another
+ROLES = gl.constexpr(6)  # that read which tiles there are
+KEY_REGISTERS = gl.constexpr(208)  # of a thread; the first warpgroup gets what the others leave, which must be as many
+QUERY_REGISTERS = gl.constexpr(72)
+OTHER_REGISTERS = gl.constexpr(24)
+
+
+@gluon.jit
+def await_lock(lock, count):
+    """Wait until `count` tiles of keys have been added to the lock's block of dq. All but the last look are relaxed: one that
+    acquires empties the first cache."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; AGAIN: ld.relaxed.gpu.global.b32 $0, [$1]; setp.lt.s32 p, $0, $2; @p bra AGAIN; "
+        "ld.acquire.gpu.global.b32 $0, [$1]; fence.proxy.async.global; }",
+        "=&r,l,r", [lock.to(gl.int64), count], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def set_lock(lock, count):
+    """Say that `count` tiles of keys have been added to the lock's block of dq."""
+    gl.inline_asm_elementwise(
+        "st.release.gpu.global.b32 [$1], $2; mov.b32 $0, $2;",
+        "=r,l,r", [lock.to(gl.int64), count], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def await_additions(LEFT: gl.constexpr, x):
+    """Wait until all but LEFT of this warp's additions have been made: Triton's `store_wait` is for shared memory to be read.
+
+    As elementwise assembly it needs some x."""
+    gl.inline_asm_elementwise(
+        f"cp.async.bulk.wait_group {LEFT}; bar.warp.sync -1; mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def blocks_of(LENGTHS, SIZE: gl.constexpr):
+    """Blocks of SIZE tokens of all streams."""
+    blocks = 0
+    for t in gl.static_range(len(LENGTHS)):
+        blocks += gl.cdiv(LENGTHS[t], SIZE)
+    return blocks
+
+
+@gluon.jit
+def each(LENGTHS, x):
+    """x for each stream."""
+    xs = ()
+    for _ in gl.static_range(len(LENGTHS)):
+        xs = xs + (x,)
+    return xs
+
+
+@gluon.jit
+def tiles(LENGTHS, samples, HEADS: gl.constexpr):
+    """Tiles of keys of all samples and heads."""
+    return blocks_of(LENGTHS, KEYS) * HEADS * samples
+
+
+@gluon.jit
+def key_tile(tile, LENGTHS, samples, HEADS: gl.constexpr):
+    """Which (sample, head) pair a tile belongs to, and its number among the pair's tiles of keys; TOGETHER pairs take turns."""
+    tiles_each = blocks_of(LENGTHS, KEYS)
+    group = tile // (TOGETHER * tiles_each)
+    width = gl.minimum(TOGETHER, HEADS * samples - group * TOGETHER)
+    rest = tile - group * (TOGETHER * tiles_each)
+    return group * TOGETHER + rest % width, rest // width
+
+
+@gluon.jit
+def take(work, count, WARPS: gl.constexpr):
+    """The program's tile number `count`, as the producer announced it; tiles() and more: there is none."""
+    smem, full, _ = work
+    mbarrier.wait(full.index(count % SLOTS), (count // SLOTS) & 1)
+    return gl.max(smem.index(count % SLOTS).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
+
+
+@gluon.jit
+def finish(work, count):
+    """This role has no more to do for the program's tile number `count`."""
+    mbarrier.arrive(work[2].index(count % SLOTS), count=1)
+
+
+@gluon.jit
+def of_stream(tile, xs, LENGTHS):
+    """The one of xs, one for each stream, whose stream has the tile of keys number `tile` of all streams."""
+    x = gl.to_tensor(xs[0])
+    before = gl.cdiv(LENGTHS[0], KEYS)
+    for t in gl.static_range(1, len(xs)):
+        if tile >= before:
+            x = gl.to_tensor(xs[t])
+        before += gl.cdiv(LENGTHS[t], KEYS)
+    return x
+
+
+@gluon.jit
+def first_key(tile, LENGTHS):
+    """The first token, in its stream, of the tile of keys number `tile` of all streams."""
+    first = tile * KEYS
+    before = gl.cdiv(LENGTHS[0], KEYS)
+    for t in gl.static_range(1, len(LENGTHS)):
+        if tile >= before:
+            first = (tile - before) * KEYS
+        before += gl.cdiv(LENGTHS[t], KEYS)
+    return first
+
+
+@gluon.jit
+def shifted(s, minus_shift, SCALE: gl.constexpr):
+    """s SCALE - shift, the exponent of a probability."""
+    if SCALE == 1.0:
+        return s + minus_shift
+    else:
+        return gl.fma(s, gl.full_like(s, SCALE), minus_shift.broadcast_to(s.shape))
+
+
+@gluon.jit
+def store_keys(x, ptr, at, left, STRIDE: gl.constexpr):
+    """Store the gradient of 64 keys, of which `left` are there."""
+    layout: gl.constexpr = x.type.layout
+    rows = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    cols = gl.arange(0, x.shape[1], gl.SliceLayout(0, layout))
+    gl.store(ptr + at + rows[:, None] * STRIDE + cols[None, :], x.to(ptr.dtype.element_ty), mask=(rows < left)[:, None])
+
+
+@gluon.jit
+def keys_of(ring, count, HALF: gl.constexpr, LAYOUT: gl.constexpr):
+    """64 keys [ROWS, WIDTH] of a tile in shared memory; in registers where LAYOUT is given, which must save the reading of
+    shared memory where it would keep the tensor cores waiting: with blocks of 64 queries."""
+    smem, _, _ = ring
+    keys = smem.index(count % smem.shape[0]).reshape([KEYS, smem.shape[3]]).slice(HALF * ROWS, ROWS)
+    if LAYOUT is None:
+        return keys
+    else:
+        return keys.load(LAYOUT)
+
+
+@gluon.jit
+def start_scores(k, query_ring, at, wanted=True):
+    """Start k q^T with the block of queries number `at`, when it has come; of some other block if it is not wanted."""
+    smem, full = query_ring[0], query_ring[4]
+    QUERIES: gl.constexpr = smem.shape[2]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUERIES, 16])
+    mbarrier.wait(full.index(at % STAGES), (at // STAGES) & 1, pred=wanted)
+    q = smem.index(at % STAGES).reshape([QUERIES, smem.shape[3]]).permute([1, 0])
+    return warpgroup_mma(k, q, gl.zeros([ROWS, QUERIES], gl.float32, layout), use_acc=False, is_async=True)
+
+
+@gluon.jit
+def key_side(
+    work, k_ring, v_ring, query_ring, ds_ring, dk_ptrs, dv_ptrs, LENGTHS, samples,
+    HALF: gl.constexpr, HEADS: gl.constexpr, SCALE: gl.constexpr, DK_SCALE: gl.constexpr,
+):  # fmt: skip
+    """What a warpgroup of the key side does: dk and dv of 64 keys of every tile of the program."""
+    q_smem, do_smem, shift_smem, delta_smem, _, do_full, empty = query_ring
+    ds_smem, ds_full, ds_empty = ds_ring
+    QUERIES: gl.constexpr = q_smem.shape[2]
+    WIDTH: gl.constexpr = q_smem.shape[3]
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUERIES, 16])
+    key_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, key_layout, 2)
+    k_layout: gl.constexpr = gl.DotOperandLayout(0, score_layout, 2) if QUERIES == 64 else None
+    EARLY: gl.constexpr = QUERIES < 128  # whether registers hold the next block's scores besides
+    blocks = blocks_of(LENGTHS, QUERIES)
+    end = tiles(LENGTHS, samples, HEADS)
+    at = 0  # blocks of queries so far
+    count = 0
+    tile = take(work, count, 4)
+    while tile < end:
+        dk = gl.zeros([ROWS, WIDTH], gl.float32, key_layout)
+        dv = gl.zeros([ROWS, WIDTH], gl.float32, key_layout)
+        await_keys(k_ring, count)
+        await_keys(v_ring, count)
+        k = keys_of(k_ring, count, HALF, k_layout)
+        v = keys_of(v_ring, count, HALF, k_layout)
+        if EARLY:
+            s = warpgroup_mma_wait(0, [start_scores(k, query_ring, at)])
+        for block in range(blocks):
+            stage = at % STAGES
+            q = q_smem.index(stage).reshape([QUERIES, WIDTH])
+            do = do_smem.index(stage).reshape([QUERIES, WIDTH])
+            nothing = gl.zeros([ROWS, QUERIES], gl.float32, score_layout)
+            if not EARLY:
+                scores = start_scores(k, query_ring, at)
+            mbarrier.wait(do_full.index(stage), (at // STAGES) & 1)
+            dp = warpgroup_mma(v, do.permute([1, 0]), nothing, use_acc=False, is_async=True)
+            if not EARLY:
+                s = warpgroup_mma_wait(1, [scores])
+            p = exponentials(shifted(s, shift_smem.index(stage).load(score_layout), SCALE), 1.0)
+            dv = warpgroup_mma(gl.convert_layout(p.to(gl.bfloat16), p_layout), do, dv, is_async=True)
+            dp = warpgroup_mma_wait(1, [dp])
+            ds = (p * (dp + delta_smem.index(stage).load(score_layout))).to(gl.bfloat16)
+            slot = at % SLOTS
+            mbarrier.wait(ds_empty.index(slot), ((at // SLOTS) & 1) ^ 1)
+            ds_smem.index(slot).slice(HALF * ROWS, ROWS).store(ds)
+            fence_async_shared()
+            dk = warpgroup_mma(gl.convert_layout(ds, p_layout), q, dk, is_async=True)
+            mbarrier.arrive(ds_full.index(slot), count=1)
+            if EARLY:
+                scores = start_scores(k, query_ring, at + 1, block + 1 < blocks)
+                dk, dv, s = warpgroup_mma_wait(0, [dk, dv, scores])
+            else:
+                dk, dv = warpgroup_mma_wait(0, [dk, dv])
+            mbarrier.arrive(empty.index(stage), count=1)
+            at += 1
+        release_keys(k_ring, count)
+        release_keys(v_ring, count)
+        # Asked for here alone, so that nothing of it takes registers in the loop.
+        pair, n = key_tile(take(work, count, 4), LENGTHS, samples, HEADS)
+        length = of_stream(n, LENGTHS, LENGTHS)
+        first = first_key(n, LENGTHS) + HALF * ROWS
+        to = (((pair // HEADS).to(gl.int64) * length + first) * HEADS + pair % HEADS) * WIDTH
+        store_keys(dv, of_stream(n, dv_ptrs, LENGTHS), to, length - first, HEADS * WIDTH)
+        store_keys(dk * DK_SCALE, of_stream(n, dk_ptrs, LENGTHS), to, length - first, HEADS * WIDTH)
+        finish(work, count)
+        count += 1
+        tile = take(work, count, 4)
+
+
+@gluon.jit
+def await_keys(ring, count):
+    """Wait for keys of the program's tile number `count`."""
+    smem, full, _ = ring
+    mbarrier.wait(full.index(count % smem.shape[0]), (count // smem.shape[0]) & 1)
+
+
+@gluon.jit
+def release_keys(ring, count):
+    """This warpgroup has read the keys of the program's tile number `count`."""
+    smem, _, empty = ring
+    mbarrier.arrive(empty.index(count % smem.shape[0]), count=1)
+
+
+@gluon.jit
+def share_of_dq(ds, k):
+    """dS k [QUERIES, WIDTH], from dS [KEYS, QUERIES]; transposed where there are fewer queries than a wgmma has rows."""
+    QUERIES: gl.constexpr = ds.shape[1]
+    WIDTH: gl.constexpr = k.shape[1]
+    if QUERIES < ROWS:
+        layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUERIES, 16])
+        nothing = gl.zeros([WIDTH, QUERIES], gl.float32, layout)
+        return warpgroup_mma_wait(0, [warpgroup_mma(k.permute([1, 0]), ds, nothing, use_acc=False, is_async=True)])
+    else:
+        layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+        nothing = gl.zeros([QUERIES, WIDTH], gl.float32, layout)
+        return warpgroup_mma_wait(0, [warpgroup_mma(ds.permute([1, 0]), k, nothing, use_acc=False, is_async=True)])
+
+
+@gluon.jit
+def query_side(work, k_ring, ds_ring, shares, LENGTHS, samples, HEADS: gl.constexpr, DQ_SCALE: gl.constexpr):
+    """What the warpgroup of the query side does: the shares of dq of every tile of the program."""
+    k_smem = k_ring[0]
+    ds_smem, ds_full, ds_empty = ds_ring
+    smem, full, empty = shares
+    QUERIES: gl.constexpr = smem.shape[2]
+    WIDTH: gl.constexpr = smem.shape[3]
+    ds_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // QUERIES, QUERIES // 8], [4, 1], [1, 0])
+    blocks = blocks_of(LENGTHS, QUERIES)
+    end = tiles(LENGTHS, samples, HEADS)
+    at = 0
+    count = 0
+    tile = take(work, count, 4)
+    while tile < end:
+        n = key_tile(tile, LENGTHS, samples, HEADS)[1]
+        left = of_stream(n, LENGTHS, LENGTHS) - first_key(n, LENGTHS)
+        await_keys(k_ring, count)
+        k = k_smem.index(count % k_smem.shape[0]).reshape([KEYS, WIDTH])
+        for _ in range(blocks):
+            slot = at % SLOTS
+            phase = (at // SLOTS) & 1
+            mbarrier.wait(ds_full.index(slot), phase)
+            ds = ds_smem.index(slot)
+            if left < KEYS:  # keys behind the end are 0, but their P may be infinite, and 0 times that is not 0
+                rows = gl.arange(0, KEYS, gl.SliceLayout(1, ds_layout))
+                ds.store(gl.where((rows < left)[:, None], ds.load(ds_layout), 0.0).to(gl.bfloat16))
+                fence_async_shared()
+            dq = share_of_dq(ds, k) * DQ_SCALE
+            mbarrier.arrive(ds_empty.index(slot), count=1)
+            mbarrier.wait(empty.index(slot), phase ^ 1)
+            share = smem.index(slot).reshape([QUERIES, WIDTH])
+            if QUERIES < ROWS:
+                share.permute([1, 0]).store(dq)
+            else:
+                share.store(dq)
+            fence_async_shared()
+            mbarrier.arrive(full.index(slot), count=1)
+            at += 1
+        release_keys(k_ring, count)
+        finish(work, count)
+        count += 1
+        tile = take(work, count, 4)
+
+
+@gluon.jit
+def permit(work, order, locks_ptr, LENGTHS, samples, HEADS: gl.constexpr, QUERIES: gl.constexpr):
+    """What one warp does: permits an addition to a block of dq when the tiles before this one have been added."""
+    permitted, _, counted = order
+    blocks = blocks_of(LENGTHS, QUERIES)
+    end = tiles(LENGTHS, samples, HEADS)
+    at = 0
+    count = 0
+    tile = take(work, count, 1)
+    while tile < end:
+        pair, n = key_tile(tile, LENGTHS, samples, HEADS)
+        for block in range(blocks):
+            await_lock(locks_ptr + 1 + pair * blocks + block, n)
+            mbarrier.wait(counted.index(at % AHEAD), ((at // AHEAD) & 1) ^ 1)
+            mbarrier.arrive(permitted.index(at % AHEAD), count=1)
+            at += 1
+        finish(work, count)
+        count += 1
+        tile = take(work, count, 1)
+
+
+@gluon.jit
+def add(work, shares, order, dq_ptrs, LENGTHS, samples, HEADS: gl.constexpr):
+    """What another warp does: has the accelerator add shares to dq. A head's first share is stored."""
+    smem, full, empty = shares
+    permitted, added, _ = order
+    QUERIES: gl.constexpr = smem.shape[2]
+    WIDTH: gl.constexpr = smem.shape[3]
+    LAYOUT: gl.constexpr = smem.type.layout
+    dqs = descriptors(dq_ptrs, LENGTHS, each(LENGTHS, HEADS * WIDTH), samples, HEADS, WIDTH, QUERIES, LAYOUT)
+    end = tiles(LENGTHS, samples, HEADS)
+    at = 0
+    count = 0
+    tile = take(work, count, 1)
+    while tile < end:
+        pair, n = key_tile(tile, LENGTHS, samples, HEADS)
+        batch = pair // HEADS
+        column = pair % HEADS * WIDTH
+        start = at
+        for t in gl.static_range(len(LENGTHS)):
+            for first in range(0, LENGTHS[t], QUERIES):
+                slot = at % SLOTS
+                mbarrier.wait(permitted.index(at % AHEAD), (at // AHEAD) & 1)
+                mbarrier.wait(full.index(slot), (at // SLOTS) & 1)
+                if n == 0:
+                    async_store(dqs[t], [batch, first, column], smem.index(slot))
+                else:
+                    async_add(dqs[t], [batch, first, column], smem.index(slot))
+                store_wait(0)
+                mbarrier.arrive(empty.index(slot), count=1)
+                await_additions(1, at)
+                mbarrier.arrive(added.index((at + AHEAD - 1) % AHEAD), count=1, pred=at > start)
+                at += 1
+        # The last addition is not left to the next tile, which may wait for tiles that wait for this one.
+        await_additions(0, at)
+        mbarrier.arrive(added.index((at + AHEAD - 1) % AHEAD), count=1)
+        finish(work, count)
+        count += 1
+        tile = take(work, count, 1)
+
+
+@gluon.jit
+def record(work, order, locks_ptr, LENGTHS, samples, HEADS: gl.constexpr, QUERIES: gl.constexpr):
+    """What a third warp does: counts in the locks what has been added."""
+    _, added, counted = order
+    blocks = blocks_of(LENGTHS, QUERIES)
+    end = tiles(LENGTHS, samples, HEADS)
+    at = 0
+    count = 0
+    tile = take(work, count, 1)
+    while tile < end:
+        pair, n = key_tile(tile, LENGTHS, samples, HEADS)
+        for block in range(blocks):
+            mbarrier.wait(added.index(at % AHEAD), (at // AHEAD) & 1)
+            set_lock(locks_ptr + 1 + pair * blocks + block, n + 1)
+            mbarrier.arrive(counted.index(at % AHEAD), count=1)
+            at += 1
+        finish(work, count)
+        count += 1
+        tile = take(work, count, 1)
+
+
+@gluon.jit
+def statistics_views(ptrs, LENGTHS, rows, QUERIES: gl.constexpr, LAYOUT: gl.constexpr):
+    """Per stream, what loads QUERIES numbers of a row of statistics."""
+    views = ()
+    for t in gl.static_range(len(ptrs)):
+        padded = gl.cdiv(gl.to_tensor(LENGTHS[t]), PAD) * PAD
+        views = views + (make_tensor_descriptor(ptrs[t], [rows, padded], [padded.to(gl.int64), 1], [1, QUERIES], LAYOUT),)
+    return views
+
+
+@gluon.jit
+def fill_keys(views, batch, n, column, ring, count, LENGTHS):
+    """Load the tile of keys number n into the ring, when those that were there have been read."""
+    smem, full, empty = ring
+    slot = count % smem.shape[0]
+    mbarrier.wait(empty.index(slot), ((count // smem.shape[0]) & 1) ^ 1)
+    mbarrier.expect(full.index(slot), KEYS * smem.shape[3] * 2)
+    for t in gl.static_range(len(LENGTHS)):
+        here = gl.cdiv(LENGTHS[t], KEYS)
+        async_load(views[t], [batch, n * KEYS, column], full.index(slot), smem.index(slot), pred=(n >= 0) & (n < here))
+        n -= here
+
+
+@gluon.jit
+def produce(
+    work, k_ring, v_ring, query_ring, q_ptrs, k_ptrs, v_ptrs, do_ptrs, statistics_ptrs, locks_ptr, LENGTHS, samples,
+    Q_STRIDES_, K_STRIDES_, V_STRIDES_, V_AT: gl.constexpr, HEADS: gl.constexpr,
+):  # fmt: skip
+    """What the producer does: claims tiles, and loads for each."""
+    work_smem, work_full, work_empty = work
+    q_smem, do_smem, shift_smem, delta_smem, q_full, do_full, empty = query_ring
+    QUERIES: gl.constexpr = q_smem.shape[2]
+    WIDTH: gl.constexpr = q_smem.shape[3]
+    LAYOUT: gl.constexpr = q_smem.type.layout
+    FLAT: gl.constexpr = shift_smem.type.layout
+    v_starts = ()
+    for t in gl.static_range(len(v_ptrs)):
+        v_starts = v_starts + (v_ptrs[t] + V_AT,)
+    qs = descriptors(q_ptrs, LENGTHS, Q_STRIDES_, samples, HEADS, WIDTH, QUERIES, LAYOUT)
+    dos = descriptors(do_ptrs, LENGTHS, each(LENGTHS, HEADS * WIDTH), samples, HEADS, WIDTH, QUERIES, LAYOUT)
+    ks = descriptors(k_ptrs, LENGTHS, K_STRIDES_, samples, HEADS, WIDTH, KEYS, LAYOUT)
+    vs = descriptors(v_starts, LENGTHS, V_STRIDES_, samples, HEADS, WIDTH, KEYS, LAYOUT)
+    statistics = statistics_views(statistics_ptrs, LENGTHS, 2 * HEADS * samples, QUERIES, FLAT)
+    end = tiles(LENGTHS, samples, HEADS)
+    at = 0
+    count = 0
+    tile = 0
+    while tile < end:
+        tile = gl.atomic_add(locks_ptr, 1, sem="relaxed")
+        slot = count % SLOTS
+        mbarrier.wait(work_empty.index(slot), ((count // SLOTS) & 1) ^ 1)
+        work_smem.index(slot).store(gl.full([1], tile, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+        mbarrier.arrive(work_full.index(slot), count=1)
+        if tile < end:
+            pair, n = key_tile(tile, LENGTHS, samples, HEADS)
+            batch = pair // HEADS
+            column = pair % HEADS * WIDTH
+            fill_keys(ks, batch, n, column, k_ring, count, LENGTHS)
+            fill_keys(vs, batch, n, column, v_ring, count, LENGTHS)
+            for t in gl.static_range(len(LENGTHS)):
+                for first in range(0, LENGTHS[t], QUERIES):
+                    stage = at % STAGES
+                    mbarrier.wait(empty.index(stage), ((at // STAGES) & 1) ^ 1)
+                    mbarrier.expect(q_full.index(stage), QUERIES * (WIDTH * 2 + 4))
+                    async_load(qs[t], [batch, first, column], q_full.index(stage), q_smem.index(stage))
+                    async_load(statistics[t], [2 * pair, first], q_full.index(stage), shift_smem.index(stage))
+                    mbarrier.expect(do_full.index(stage), QUERIES * (WIDTH * 2 + 4))
+                    async_load(dos[t], [batch, first, column], do_full.index(stage), do_smem.index(stage))
+                    async_load(statistics[t], [2 * pair + 1, first], do_full.index(stage), delta_smem.index(stage))
+                    at += 1
+        count += 1
+
+
+@gluon.jit
+def barriers(SIZE: gl.constexpr, COUNT: gl.constexpr):
+    """SIZE barriers of COUNT arrivals each."""
+    each = gl.allocate_shared_memory(gl.int64, [SIZE, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(SIZE):
+        mbarrier.init(each.index(i), count=COUNT)
+    return each
+
+
+@gluon.jit
+def joint_attention_hopper_bwd_body(
+    q_ptrs,  # (B, L_s, H, d) per stream, tokens a stride apart, bfloat16
+    k_ptrs,  # likewise
+    v_ptrs,  # likewise
+    do_ptrs,  # (B, L_s, H, d)
+    statistics_ptrs,  # (B, H, 2, padded L_s) float32: minus lse in base 2, and minus delta
+    zeros_ptr,  # locks_ptr again
+    dq_ptrs,  # (B, L_s, H, d) float32
+    dk_ptrs,  # (B, L_s, H, d)
+    dv_ptrs,  # (B, L_s, H, d)
+    locks_ptr,  # (1 + B * H * blocks of queries,) int32, 0: tiles claimed, and of each block of dq how many were added
+    LENGTHS,
+    SAMPLES,  # B, as often as there are streams
+    Q_STRIDES_,
+    K_STRIDES_,
+    V_STRIDES_,
+    V_AT,  # where v starts in a packed projection
+    HEADS,
+    WIDTH,  # d
+    SCALE,  # softmax scale times log2(e); 1 where q has been multiplied by it
+    DQ_SCALE,  # of dS k
+    DK_SCALE,  # of dS^T q
+    QUERIES,  # of a block
+):
+    """Grid (programs that the GPU holds at once,), 4 warps, to which warp_specialize adds the others."""
+    BYTES: gl.constexpr = WIDTH * 2 if WIDTH < 64 else 128  # of a row, as shared memory is swizzled
+    SHARE_BYTES: gl.constexpr = WIDTH * 4 if WIDTH < 32 else 128
+    DS_BYTES: gl.constexpr = QUERIES * 2 if QUERIES < 64 else 128
+    TILES: gl.constexpr = 2 if WIDTH < 128 else 1  # of keys in shared memory
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(BYTES, 16, rank=3)
+    FLAT: gl.constexpr = gl.NVMMASharedLayout(0, 32, rank=2)
+    work = (
+        gl.allocate_shared_memory(gl.int32, [SLOTS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
+        barriers(SLOTS, 1),
+        barriers(SLOTS, ROLES),
+    )
+    k_ring = (gl.allocate_shared_memory(gl.bfloat16, [TILES, 1, KEYS, WIDTH], LAYOUT), barriers(TILES, 1), barriers(TILES, 3))
+    v_ring = (gl.allocate_shared_memory(gl.bfloat16, [TILES, 1, KEYS, WIDTH], LAYOUT), barriers(TILES, 1), barriers(TILES, 2))
+    query_ring = (
+        gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, QUERIES, WIDTH], LAYOUT),
+        gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, QUERIES, WIDTH], LAYOUT),
+        gl.allocate_shared_memory(gl.float32, [STAGES, 1, QUERIES], FLAT),
+        gl.allocate_shared_memory(gl.float32, [STAGES, 1, QUERIES], FLAT),
+        barriers(STAGES, 1),
+        barriers(STAGES, 1),
+        barriers(STAGES, 2),
+    )
+    ds_ring = (
+        gl.allocate_shared_memory(gl.bfloat16, [SLOTS, KEYS, QUERIES], gl.NVMMASharedLayout(DS_BYTES, 16, rank=2)),
+        barriers(SLOTS, 2),
+        barriers(SLOTS, 1),
+    )
+    shares = (
+        gl.allocate_shared_memory(gl.float32, [SLOTS, 1, QUERIES, WIDTH], gl.NVMMASharedLayout(SHARE_BYTES, 32, rank=3)),
+        barriers(SLOTS, 1),
+        barriers(SLOTS, 1),
+    )
+    order = (barriers(AHEAD, 1), barriers(AHEAD, 1), barriers(AHEAD, 1))
+    samples = SAMPLES[0]
+    gl.warp_specialize(
+        [
+            (key_side, (work, k_ring, v_ring, query_ring, ds_ring, dk_ptrs, dv_ptrs, LENGTHS, samples,
+                0, HEADS, SCALE, DK_SCALE)),
+            (key_side, (work, k_ring, v_ring, query_ring, ds_ring, dk_ptrs, dv_ptrs, LENGTHS, samples,
+                1, HEADS, SCALE, DK_SCALE)),
+            (query_side, (work, k_ring, ds_ring, shares, LENGTHS, samples, HEADS, DQ_SCALE)),
+            (produce, (work, k_ring, v_ring, query_ring, q_ptrs, k_ptrs, v_ptrs, do_ptrs, statistics_ptrs, locks_ptr, LENGTHS,
+                samples, Q_STRIDES_, K_STRIDES_, V_STRIDES_, V_AT, HEADS)),
+            (permit, (work, order, locks_ptr, LENGTHS, samples, HEADS, QUERIES)),
+            (add, (work, shares, order, dq_ptrs, LENGTHS, samples, HEADS)),
+            (record, (work, order, locks_ptr, LENGTHS, samples, HEADS, QUERIES)),
+        ],
+        [4, 4, 1, 1, 1, 1],
+        [KEY_REGISTERS, QUERY_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],
+    )  # fmt: skip
