@@ -162,9 +162,22 @@ def store_keys(x, ptr, at, left, STRIDE: gl.constexpr):
 
 
 @gluon.jit
-def keys_of(ring, count, HALF: gl.constexpr, LAYOUT: gl.constexpr):
-    """64 keys [ROWS, WIDTH] of a tile in shared memory; in registers where LAYOUT is given, which must save the reading of
-    shared memory where it would keep the tensor cores waiting: with blocks of 64 queries."""
+def await_keys(ring, count):
+    """Wait for keys of the program's tile number `count`."""
+    smem, full, _ = ring
+    mbarrier.wait(full.index(count % smem.shape[0]), (count // smem.shape[0]) & 1)
+
+
+@gluon.jit
+def release_keys(ring, count):
+    """This warpgroup has read the keys of the program's tile number `count`."""
+    smem, _, empty = ring
+    mbarrier.arrive(empty.index(count % smem.shape[0]), count=1)
+
+
+@gluon.jit
+def half_of_keys(ring, count, HALF: gl.constexpr, LAYOUT: gl.constexpr):
+    """64 keys [ROWS, WIDTH] of the program's tile number `count`, in shared memory, or in registers where LAYOUT is given."""
     smem, _, _ = ring
     keys = smem.index(count % smem.shape[0]).reshape([KEYS, smem.shape[3]]).slice(HALF * ROWS, ROWS)
     if LAYOUT is None:
@@ -197,6 +210,8 @@ def key_side(
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUERIES, 16])
     key_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, key_layout, 2)
+    # With 64 queries a block, k and v read from shared memory for every product would keep the tensor cores waiting; with more
+    # the queries weigh more, with fewer dk and dv leave no registers.
     k_layout: gl.constexpr = gl.DotOperandLayout(0, score_layout, 2) if QUERIES == 64 else None
     EARLY: gl.constexpr = QUERIES < 128  # whether registers hold the next block's scores besides
     blocks = blocks_of(LENGTHS, QUERIES)
@@ -209,8 +224,8 @@ def key_side(
         dv = gl.zeros([ROWS, WIDTH], gl.float32, key_layout)
         await_keys(k_ring, count)
         await_keys(v_ring, count)
-        k = keys_of(k_ring, count, HALF, k_layout)
-        v = keys_of(v_ring, count, HALF, k_layout)
+        k = half_of_keys(k_ring, count, HALF, k_layout)
+        v = half_of_keys(v_ring, count, HALF, k_layout)
         if EARLY:
             s = warpgroup_mma_wait(0, [start_scores(k, query_ring, at)])
         for block in range(blocks):
@@ -256,32 +271,12 @@ def key_side(
 
 
 @gluon.jit
-def await_keys(ring, count):
-    """Wait for keys of the program's tile number `count`."""
-    smem, full, _ = ring
-    mbarrier.wait(full.index(count % smem.shape[0]), (count // smem.shape[0]) & 1)
-
-
-@gluon.jit
-def release_keys(ring, count):
-    """This warpgroup has read the keys of the program's tile number `count`."""
-    smem, _, empty = ring
-    mbarrier.arrive(empty.index(count % smem.shape[0]), count=1)
-
-
-@gluon.jit
-def share_of_dq(ds, k):
-    """dS k [QUERIES, WIDTH], from dS [KEYS, QUERIES]; transposed where there are fewer queries than a wgmma has rows."""
-    QUERIES: gl.constexpr = ds.shape[1]
-    WIDTH: gl.constexpr = k.shape[1]
-    if QUERIES < ROWS:
-        layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUERIES, 16])
-        nothing = gl.zeros([WIDTH, QUERIES], gl.float32, layout)
-        return warpgroup_mma_wait(0, [warpgroup_mma(k.permute([1, 0]), ds, nothing, use_acc=False, is_async=True)])
-    else:
-        layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
-        nothing = gl.zeros([QUERIES, WIDTH], gl.float32, layout)
-        return warpgroup_mma_wait(0, [warpgroup_mma(ds.permute([1, 0]), k, nothing, use_acc=False, is_async=True)])
+def product(x, y):
+    """x y, from shared memory."""
+    M: gl.constexpr = x.shape[0]
+    N: gl.constexpr = y.shape[1]
+    nothing = gl.zeros([M, N], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16]))
+    return warpgroup_mma_wait(0, [warpgroup_mma(x, y, nothing, use_acc=False, is_async=True)])
 
 
 @gluon.jit
@@ -312,14 +307,15 @@ def query_side(work, k_ring, ds_ring, shares, LENGTHS, samples, HEADS: gl.conste
                 rows = gl.arange(0, KEYS, gl.SliceLayout(1, ds_layout))
                 ds.store(gl.where((rows < left)[:, None], ds.load(ds_layout), 0.0).to(gl.bfloat16))
                 fence_async_shared()
-            dq = share_of_dq(ds, k) * DQ_SCALE
+            # Where there are fewer queries than a wgmma has rows, the columns of k are its rows.
+            dq = product(k.permute([1, 0]), ds) if QUERIES < ROWS else product(ds.permute([1, 0]), k)
+            dq *= DQ_SCALE
             mbarrier.arrive(ds_empty.index(slot), count=1)
             mbarrier.wait(empty.index(slot), phase ^ 1)
             share = smem.index(slot).reshape([QUERIES, WIDTH])
             if QUERIES < ROWS:
-                share.permute([1, 0]).store(dq)
-            else:
-                share.store(dq)
+                share = share.permute([1, 0])
+            share.store(dq)
             fence_async_shared()
             mbarrier.arrive(full.index(slot), count=1)
             at += 1
