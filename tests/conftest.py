@@ -75,4 +75,6 @@ def kernels(request, monkeypatch):
 
 
 def poison(x):
-    return x.fill_(np.nan) if x.is_floating_point() else x.fill_(2**31 - 1) if x.dtype.itemsize == 4 else x
+    if x.is_floating_point():
+        return x.fill_(np.nan)
+    return x.fill_(2**31 - 1) if x.dtype.itemsize == 4 else x

@@ -22,6 +22,51 @@ PRODUCER_REGISTERS = gl.constexpr(32)
 
 
 @gluon.jit
+def barriers(SIZE: gl.constexpr, COUNT: gl.constexpr):
+    """SIZE barriers of COUNT arrivals each."""
+    each = gl.allocate_shared_memory(gl.int64, [SIZE, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(SIZE):
+        mbarrier.init(each.index(i), count=COUNT)
+    return each
+
+
+@gluon.jit
+def ring(SIZE: gl.constexpr, TOKENS: gl.constexpr, WIDTH: gl.constexpr, READERS: gl.constexpr):
+    """Shared memory of SIZE tiles, and barriers of each: it is full, and READERS warpgroups have emptied it."""
+    layout: gl.constexpr = gl.NVMMASharedLayout(min(128, 2 * WIDTH), 16, rank=3)
+    smem = gl.allocate_shared_memory(gl.bfloat16, [SIZE, 1, TOKENS, WIDTH], layout)
+    return smem, barriers(SIZE, 1), barriers(SIZE, READERS)
+
+
+@gluon.jit
+def await_full(ring, at, wanted=True):
+    """Wait until the ring's block number `at` has come, if it is wanted."""
+    smem, full, _ = ring
+    mbarrier.wait(full.index(at % smem.shape[0]), (at // smem.shape[0]) & 1, pred=wanted)
+
+
+@gluon.jit
+def await_empty(ring, at):
+    """Wait until what was in the place of the ring's block number `at` has been read."""
+    smem, _, empty = ring
+    mbarrier.wait(empty.index(at % smem.shape[0]), ((at // smem.shape[0]) & 1) ^ 1)
+
+
+@gluon.jit
+def announce(ring, at):
+    """The ring's block number `at` has come."""
+    smem, full, _ = ring
+    mbarrier.arrive(full.index(at % smem.shape[0]), count=1)
+
+
+@gluon.jit
+def release(ring, at):
+    """This warpgroup, or warp, has read the ring's block number `at`."""
+    smem, _, empty = ring
+    mbarrier.arrive(empty.index(at % smem.shape[0]), count=1)
+
+
+@gluon.jit
 def turn(VERB: gl.constexpr, CONSUMER: gl.constexpr, x):
     """VERB "sync": wait for this consumer's turn to start products; "arrive": give it its turn.
 
@@ -49,9 +94,9 @@ def row_sums(p):
 @gluon.jit
 def start_scores(q, k_ring, at, CONSUMER: gl.constexpr):
     """Start q k^T with the ring's block number `at`, when it has come and it is this consumer's turn."""
-    smem, full, _ = k_ring
+    smem = k_ring[0]
     KEYS: gl.constexpr = smem.shape[2]
-    mbarrier.wait(full.index(at % STAGES), (at // STAGES) & 1)
+    await_full(k_ring, at)
     turn("sync", CONSUMER, at)
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     k = smem.index(at % STAGES).reshape([KEYS, smem.shape[3]]).permute([1, 0])
@@ -61,15 +106,9 @@ def start_scores(q, k_ring, at, CONSUMER: gl.constexpr):
 @gluon.jit
 def start_output(p, v_ring, at, o):
     """Start o + p v with the ring's block number `at`, when it has come."""
-    smem, full, _ = v_ring
-    mbarrier.wait(full.index(at % STAGES), (at // STAGES) & 1)
+    smem = v_ring[0]
+    await_full(v_ring, at)
     return warpgroup_mma(p, smem.index(at % STAGES).reshape([smem.shape[2], smem.shape[3]]), o, is_async=True)
-
-
-@gluon.jit
-def release(ring, at):
-    """This consumer has read the ring's block number `at`."""
-    mbarrier.arrive(ring[2].index(at % STAGES), count=1)
 
 
 @gluon.jit
@@ -89,12 +128,18 @@ def advance(o, p, total, at, q, k_ring, v_ring, CONSUMER: gl.constexpr, SCALE: g
 
 
 @gluon.jit
+def blocks_of(LENGTHS, SIZE: gl.constexpr):
+    """Blocks of SIZE tokens of all streams."""
+    blocks = 0
+    for t in gl.static_range(len(LENGTHS)):
+        blocks += gl.cdiv(LENGTHS[t], SIZE)
+    return blocks
+
+
+@gluon.jit
 def tiles(LENGTHS, samples, HEADS: gl.constexpr):
     """Tiles of all queries of a head, and of all heads and samples. A tile may hold queries of two streams."""
-    units = 0
-    for t in gl.static_range(len(LENGTHS)):
-        units += gl.cdiv(LENGTHS[t], ROWS)
-    blocks = gl.cdiv(units, CONSUMERS)
+    blocks = gl.cdiv(blocks_of(LENGTHS, ROWS), CONSUMERS)
     return blocks, blocks * HEADS * samples
 
 
@@ -210,9 +255,9 @@ def descriptors(
 @gluon.jit
 def fill(view, batch, first, column, ring, at):
     """Load tokens from `first` on into the ring as its block number `at`, when the consumers have read what is there."""
-    smem, full, empty = ring
+    smem, full, _ = ring
     stage = at % STAGES
-    mbarrier.wait(empty.index(stage), ((at // STAGES) & 1) ^ 1)
+    await_empty(ring, at)
     mbarrier.expect(full.index(stage), smem.shape[2] * smem.shape[3] * 2)
     async_load(view, [batch, first, column], full.index(stage), smem.index(stage))
 
@@ -253,19 +298,6 @@ def produce(
                 fill(vs[t], batch, first, column, v_ring, at)
                 at += 1
         parity ^= 1
-
-
-@gluon.jit
-def ring(SIZE: gl.constexpr, TOKENS: gl.constexpr, WIDTH: gl.constexpr, READERS: gl.constexpr):
-    """Shared memory of SIZE tiles, and barriers of each: it is full, and READERS warpgroups have emptied it."""
-    layout: gl.constexpr = gl.NVMMASharedLayout(min(128, 2 * WIDTH), 16, rank=3)
-    smem = gl.allocate_shared_memory(gl.bfloat16, [SIZE, 1, TOKENS, WIDTH], layout)
-    full = gl.allocate_shared_memory(gl.int64, [SIZE, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [SIZE, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(SIZE):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=READERS)
-    return smem, full, empty
 
 
 @gluon.jit

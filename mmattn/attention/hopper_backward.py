@@ -27,7 +27,7 @@ from .._gluon import (
     warpgroup_mma_wait,
 )
 from .backward import PAD
-from .hopper import descriptors, exponentials
+from .hopper import announce, await_empty, await_full, barriers, blocks_of, descriptors, exponentials, release, ring
 
 ROWS = gl.constexpr(64)  # keys of a warpgroup: what one wgmma multiplies
 KEYS = gl.constexpr(128)  # of a tile
@@ -72,15 +72,6 @@ def await_additions(LEFT: gl.constexpr, x):
 
 
 @gluon.jit
-def blocks_of(LENGTHS, SIZE: gl.constexpr):
-    """Blocks of SIZE tokens of all streams."""
-    blocks = 0
-    for t in gl.static_range(len(LENGTHS)):
-        blocks += gl.cdiv(LENGTHS[t], SIZE)
-    return blocks
-
-
-@gluon.jit
 def each(LENGTHS, x):
     """x for each stream."""
     xs = ()
@@ -108,15 +99,8 @@ def key_tile(tile, LENGTHS, samples, HEADS: gl.constexpr):
 @gluon.jit
 def take(work, count, WARPS: gl.constexpr):
     """The program's tile number `count`, as the producer announced it; tiles() and more: there is none."""
-    smem, full, _ = work
-    mbarrier.wait(full.index(count % SLOTS), (count // SLOTS) & 1)
-    return gl.max(smem.index(count % SLOTS).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
-
-
-@gluon.jit
-def finish(work, count):
-    """This role has no more to do for the program's tile number `count`."""
-    mbarrier.arrive(work[2].index(count % SLOTS), count=1)
+    await_full(work, count)
+    return gl.max(work[0].index(count % SLOTS).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
 
 
 @gluon.jit
@@ -162,23 +146,9 @@ def store_keys(x, ptr, at, left, STRIDE: gl.constexpr):
 
 
 @gluon.jit
-def await_keys(ring, count):
-    """Wait for keys of the program's tile number `count`."""
-    smem, full, _ = ring
-    mbarrier.wait(full.index(count % smem.shape[0]), (count // smem.shape[0]) & 1)
-
-
-@gluon.jit
-def release_keys(ring, count):
-    """This warpgroup has read the keys of the program's tile number `count`."""
-    smem, _, empty = ring
-    mbarrier.arrive(empty.index(count % smem.shape[0]), count=1)
-
-
-@gluon.jit
 def half_of_keys(ring, count, HALF: gl.constexpr, LAYOUT: gl.constexpr):
     """64 keys [ROWS, WIDTH] of the program's tile number `count`, in shared memory, or in registers where LAYOUT is given."""
-    smem, _, _ = ring
+    smem = ring[0]
     keys = smem.index(count % smem.shape[0]).reshape([KEYS, smem.shape[3]]).slice(HALF * ROWS, ROWS)
     if LAYOUT is None:
         return keys
@@ -187,24 +157,24 @@ def half_of_keys(ring, count, HALF: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def start_scores(k, query_ring, at, wanted=True):
+def start_scores(k, q_ring, at, wanted=True):
     """Start k q^T with the block of queries number `at`, when it has come; of some other block if it is not wanted."""
-    smem, full = query_ring[0], query_ring[4]
+    smem = q_ring[0]
     QUERIES: gl.constexpr = smem.shape[2]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUERIES, 16])
-    mbarrier.wait(full.index(at % STAGES), (at // STAGES) & 1, pred=wanted)
+    await_full(q_ring, at, wanted)
     q = smem.index(at % STAGES).reshape([QUERIES, smem.shape[3]]).permute([1, 0])
     return warpgroup_mma(k, q, gl.zeros([ROWS, QUERIES], gl.float32, layout), use_acc=False, is_async=True)
 
 
 @gluon.jit
 def key_side(
-    work, k_ring, v_ring, query_ring, ds_ring, dk_ptrs, dv_ptrs, LENGTHS, samples,
+    work, k_ring, v_ring, q_ring, do_ring, statistics, ds_ring, dk_ptrs, dv_ptrs, LENGTHS, samples,
     HALF: gl.constexpr, HEADS: gl.constexpr, SCALE: gl.constexpr, DK_SCALE: gl.constexpr,
 ):  # fmt: skip
     """What a warpgroup of the key side does: dk and dv of 64 keys of every tile of the program."""
-    q_smem, do_smem, shift_smem, delta_smem, _, do_full, empty = query_ring
-    ds_smem, ds_full, ds_empty = ds_ring
+    q_smem, do_smem, ds_smem = q_ring[0], do_ring[0], ds_ring[0]
+    shift_smem, delta_smem = statistics
     QUERIES: gl.constexpr = q_smem.shape[2]
     WIDTH: gl.constexpr = q_smem.shape[3]
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUERIES, 16])
@@ -222,20 +192,20 @@ def key_side(
     while tile < end:
         dk = gl.zeros([ROWS, WIDTH], gl.float32, key_layout)
         dv = gl.zeros([ROWS, WIDTH], gl.float32, key_layout)
-        await_keys(k_ring, count)
-        await_keys(v_ring, count)
+        await_full(k_ring, count)
+        await_full(v_ring, count)
         k = half_of_keys(k_ring, count, HALF, k_layout)
         v = half_of_keys(v_ring, count, HALF, k_layout)
         if EARLY:
-            s = warpgroup_mma_wait(0, [start_scores(k, query_ring, at)])
+            s = warpgroup_mma_wait(0, [start_scores(k, q_ring, at)])
         for block in range(blocks):
             stage = at % STAGES
             q = q_smem.index(stage).reshape([QUERIES, WIDTH])
             do = do_smem.index(stage).reshape([QUERIES, WIDTH])
             nothing = gl.zeros([ROWS, QUERIES], gl.float32, score_layout)
             if not EARLY:
-                scores = start_scores(k, query_ring, at)
-            mbarrier.wait(do_full.index(stage), (at // STAGES) & 1)
+                scores = start_scores(k, q_ring, at)
+            await_full(do_ring, at)
             dp = warpgroup_mma(v, do.permute([1, 0]), nothing, use_acc=False, is_async=True)
             if not EARLY:
                 s = warpgroup_mma_wait(1, [scores])
@@ -243,21 +213,20 @@ def key_side(
             dv = warpgroup_mma(gl.convert_layout(p.to(gl.bfloat16), p_layout), do, dv, is_async=True)
             dp = warpgroup_mma_wait(1, [dp])
             ds = (p * (dp + delta_smem.index(stage).load(score_layout))).to(gl.bfloat16)
-            slot = at % SLOTS
-            mbarrier.wait(ds_empty.index(slot), ((at // SLOTS) & 1) ^ 1)
-            ds_smem.index(slot).slice(HALF * ROWS, ROWS).store(ds)
+            await_empty(ds_ring, at)
+            ds_smem.index(at % SLOTS).slice(HALF * ROWS, ROWS).store(ds)
             fence_async_shared()
             dk = warpgroup_mma(gl.convert_layout(ds, p_layout), q, dk, is_async=True)
-            mbarrier.arrive(ds_full.index(slot), count=1)
+            announce(ds_ring, at)
             if EARLY:
-                scores = start_scores(k, query_ring, at + 1, block + 1 < blocks)
+                scores = start_scores(k, q_ring, at + 1, block + 1 < blocks)
                 dk, dv, s = warpgroup_mma_wait(0, [dk, dv, scores])
             else:
                 dk, dv = warpgroup_mma_wait(0, [dk, dv])
-            mbarrier.arrive(empty.index(stage), count=1)
+            release(q_ring, at)
             at += 1
-        release_keys(k_ring, count)
-        release_keys(v_ring, count)
+        release(k_ring, count)
+        release(v_ring, count)
         # Asked for here alone, so that nothing of it takes registers in the loop.
         pair, n = key_tile(take(work, count, 4), LENGTHS, samples, HEADS)
         length = of_stream(n, LENGTHS, LENGTHS)
@@ -265,7 +234,7 @@ def key_side(
         to = (((pair // HEADS).to(gl.int64) * length + first) * HEADS + pair % HEADS) * WIDTH
         store_keys(dv, of_stream(n, dv_ptrs, LENGTHS), to, length - first, HEADS * WIDTH)
         store_keys(dk * DK_SCALE, of_stream(n, dk_ptrs, LENGTHS), to, length - first, HEADS * WIDTH)
-        finish(work, count)
+        release(work, count)
         count += 1
         tile = take(work, count, 4)
 
@@ -283,8 +252,7 @@ def product(x, y):
 def query_side(work, k_ring, ds_ring, shares, LENGTHS, samples, HEADS: gl.constexpr, DQ_SCALE: gl.constexpr):
     """What the warpgroup of the query side does: the shares of dq of every tile of the program."""
     k_smem = k_ring[0]
-    ds_smem, ds_full, ds_empty = ds_ring
-    smem, full, empty = shares
+    ds_smem, smem = ds_ring[0], shares[0]
     QUERIES: gl.constexpr = smem.shape[2]
     WIDTH: gl.constexpr = smem.shape[3]
     ds_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // QUERIES, QUERIES // 8], [4, 1], [1, 0])
@@ -296,12 +264,11 @@ def query_side(work, k_ring, ds_ring, shares, LENGTHS, samples, HEADS: gl.conste
     while tile < end:
         n = key_tile(tile, LENGTHS, samples, HEADS)[1]
         left = of_stream(n, LENGTHS, LENGTHS) - first_key(n, LENGTHS)
-        await_keys(k_ring, count)
+        await_full(k_ring, count)
         k = k_smem.index(count % k_smem.shape[0]).reshape([KEYS, WIDTH])
         for _ in range(blocks):
             slot = at % SLOTS
-            phase = (at // SLOTS) & 1
-            mbarrier.wait(ds_full.index(slot), phase)
+            await_full(ds_ring, at)
             ds = ds_smem.index(slot)
             if left < KEYS:  # keys behind the end are 0, but their P may be infinite, and 0 times that is not 0
                 rows = gl.arange(0, KEYS, gl.SliceLayout(1, ds_layout))
@@ -310,25 +277,26 @@ def query_side(work, k_ring, ds_ring, shares, LENGTHS, samples, HEADS: gl.conste
             # Where there are fewer queries than a wgmma has rows, the columns of k are its rows.
             dq = product(k.permute([1, 0]), ds) if QUERIES < ROWS else product(ds.permute([1, 0]), k)
             dq *= DQ_SCALE
-            mbarrier.arrive(ds_empty.index(slot), count=1)
-            mbarrier.wait(empty.index(slot), phase ^ 1)
+            release(ds_ring, at)
+            await_empty(shares, at)
             share = smem.index(slot).reshape([QUERIES, WIDTH])
             if QUERIES < ROWS:
                 share = share.permute([1, 0])
             share.store(dq)
             fence_async_shared()
-            mbarrier.arrive(full.index(slot), count=1)
+            announce(shares, at)
             at += 1
-        release_keys(k_ring, count)
-        finish(work, count)
+        release(k_ring, count)
+        release(work, count)
         count += 1
         tile = take(work, count, 4)
 
 
 @gluon.jit
-def permit(work, order, locks_ptr, LENGTHS, samples, HEADS: gl.constexpr, QUERIES: gl.constexpr):
-    """What one warp does: permits an addition to a block of dq when the tiles before this one have been added."""
-    permitted, _, counted = order
+def keep_order(work, order, locks_ptr, LENGTHS, samples, HEADS: gl.constexpr, QUERIES: gl.constexpr, RECORD: gl.constexpr):
+    """What two warps do for each block of dq: one permits an addition when the tiles before this one have been added, the other
+    (RECORD) counts in the lock what has been added."""
+    permitted, added, counted = order
     blocks = blocks_of(LENGTHS, QUERIES)
     end = tiles(LENGTHS, samples, HEADS)
     at = 0
@@ -337,11 +305,16 @@ def permit(work, order, locks_ptr, LENGTHS, samples, HEADS: gl.constexpr, QUERIE
     while tile < end:
         pair, n = key_tile(tile, LENGTHS, samples, HEADS)
         for block in range(blocks):
-            await_lock(locks_ptr + 1 + pair * blocks + block, n)
-            mbarrier.wait(counted.index(at % AHEAD), ((at // AHEAD) & 1) ^ 1)
-            mbarrier.arrive(permitted.index(at % AHEAD), count=1)
+            if RECORD:
+                mbarrier.wait(added.index(at % AHEAD), (at // AHEAD) & 1)
+                set_lock(locks_ptr + 1 + pair * blocks + block, n + 1)
+                mbarrier.arrive(counted.index(at % AHEAD), count=1)
+            else:
+                await_lock(locks_ptr + 1 + pair * blocks + block, n)
+                mbarrier.wait(counted.index(at % AHEAD), ((at // AHEAD) & 1) ^ 1)
+                mbarrier.arrive(permitted.index(at % AHEAD), count=1)
             at += 1
-        finish(work, count)
+        release(work, count)
         count += 1
         tile = take(work, count, 1)
 
@@ -349,7 +322,7 @@ def permit(work, order, locks_ptr, LENGTHS, samples, HEADS: gl.constexpr, QUERIE
 @gluon.jit
 def add(work, shares, order, dq_ptrs, LENGTHS, samples, HEADS: gl.constexpr):
     """What another warp does: has the accelerator add shares to dq. A head's first share is stored."""
-    smem, full, empty = shares
+    smem = shares[0]
     permitted, added, _ = order
     QUERIES: gl.constexpr = smem.shape[2]
     WIDTH: gl.constexpr = smem.shape[3]
@@ -368,41 +341,20 @@ def add(work, shares, order, dq_ptrs, LENGTHS, samples, HEADS: gl.constexpr):
             for first in range(0, LENGTHS[t], QUERIES):
                 slot = at % SLOTS
                 mbarrier.wait(permitted.index(at % AHEAD), (at // AHEAD) & 1)
-                mbarrier.wait(full.index(slot), (at // SLOTS) & 1)
+                await_full(shares, at)
                 if n == 0:
                     async_store(dqs[t], [batch, first, column], smem.index(slot))
                 else:
                     async_add(dqs[t], [batch, first, column], smem.index(slot))
                 store_wait(0)
-                mbarrier.arrive(empty.index(slot), count=1)
+                release(shares, at)
                 await_additions(1, at)
                 mbarrier.arrive(added.index((at + AHEAD - 1) % AHEAD), count=1, pred=at > start)
                 at += 1
         # The last addition is not left to the next tile, which may wait for tiles that wait for this one.
         await_additions(0, at)
         mbarrier.arrive(added.index((at + AHEAD - 1) % AHEAD), count=1)
-        finish(work, count)
-        count += 1
-        tile = take(work, count, 1)
-
-
-@gluon.jit
-def record(work, order, locks_ptr, LENGTHS, samples, HEADS: gl.constexpr, QUERIES: gl.constexpr):
-    """What a third warp does: counts in the locks what has been added."""
-    _, added, counted = order
-    blocks = blocks_of(LENGTHS, QUERIES)
-    end = tiles(LENGTHS, samples, HEADS)
-    at = 0
-    count = 0
-    tile = take(work, count, 1)
-    while tile < end:
-        pair, n = key_tile(tile, LENGTHS, samples, HEADS)
-        for block in range(blocks):
-            mbarrier.wait(added.index(at % AHEAD), (at // AHEAD) & 1)
-            set_lock(locks_ptr + 1 + pair * blocks + block, n + 1)
-            mbarrier.arrive(counted.index(at % AHEAD), count=1)
-            at += 1
-        finish(work, count)
+        release(work, count)
         count += 1
         tile = take(work, count, 1)
 
@@ -420,9 +372,9 @@ def statistics_views(ptrs, LENGTHS, rows, QUERIES: gl.constexpr, LAYOUT: gl.cons
 @gluon.jit
 def fill_keys(views, batch, n, column, ring, count, LENGTHS):
     """Load the tile of keys number n into the ring, when those that were there have been read."""
-    smem, full, empty = ring
+    smem, full, _ = ring
     slot = count % smem.shape[0]
-    mbarrier.wait(empty.index(slot), ((count // smem.shape[0]) & 1) ^ 1)
+    await_empty(ring, count)
     mbarrier.expect(full.index(slot), KEYS * smem.shape[3] * 2)
     for t in gl.static_range(len(LENGTHS)):
         here = gl.cdiv(LENGTHS[t], KEYS)
@@ -432,12 +384,13 @@ def fill_keys(views, batch, n, column, ring, count, LENGTHS):
 
 @gluon.jit
 def produce(
-    work, k_ring, v_ring, query_ring, q_ptrs, k_ptrs, v_ptrs, do_ptrs, statistics_ptrs, locks_ptr, LENGTHS, samples,
-    Q_STRIDES_, K_STRIDES_, V_STRIDES_, V_AT: gl.constexpr, HEADS: gl.constexpr,
+    work, k_ring, v_ring, q_ring, do_ring, statistics, q_ptrs, k_ptrs, v_ptrs, do_ptrs, statistics_ptrs, locks_ptr,
+    LENGTHS, samples, Q_STRIDES_, K_STRIDES_, V_STRIDES_, V_AT: gl.constexpr, HEADS: gl.constexpr,
 ):  # fmt: skip
     """What the producer does: claims tiles, and loads for each."""
-    work_smem, work_full, work_empty = work
-    q_smem, do_smem, shift_smem, delta_smem, q_full, do_full, empty = query_ring
+    q_smem, q_full, _ = q_ring
+    do_smem, do_full, _ = do_ring
+    shift_smem, delta_smem = statistics
     QUERIES: gl.constexpr = q_smem.shape[2]
     WIDTH: gl.constexpr = q_smem.shape[3]
     LAYOUT: gl.constexpr = q_smem.type.layout
@@ -449,17 +402,16 @@ def produce(
     dos = descriptors(do_ptrs, LENGTHS, each(LENGTHS, HEADS * WIDTH), samples, HEADS, WIDTH, QUERIES, LAYOUT)
     ks = descriptors(k_ptrs, LENGTHS, K_STRIDES_, samples, HEADS, WIDTH, KEYS, LAYOUT)
     vs = descriptors(v_starts, LENGTHS, V_STRIDES_, samples, HEADS, WIDTH, KEYS, LAYOUT)
-    statistics = statistics_views(statistics_ptrs, LENGTHS, 2 * HEADS * samples, QUERIES, FLAT)
+    rows = statistics_views(statistics_ptrs, LENGTHS, 2 * HEADS * samples, QUERIES, FLAT)
     end = tiles(LENGTHS, samples, HEADS)
     at = 0
     count = 0
     tile = 0
     while tile < end:
         tile = gl.atomic_add(locks_ptr, 1, sem="relaxed")
-        slot = count % SLOTS
-        mbarrier.wait(work_empty.index(slot), ((count // SLOTS) & 1) ^ 1)
-        work_smem.index(slot).store(gl.full([1], tile, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
-        mbarrier.arrive(work_full.index(slot), count=1)
+        await_empty(work, count)
+        work[0].index(count % SLOTS).store(gl.full([1], tile, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+        announce(work, count)
         if tile < end:
             pair, n = key_tile(tile, LENGTHS, samples, HEADS)
             batch = pair // HEADS
@@ -469,24 +421,15 @@ def produce(
             for t in gl.static_range(len(LENGTHS)):
                 for first in range(0, LENGTHS[t], QUERIES):
                     stage = at % STAGES
-                    mbarrier.wait(empty.index(stage), ((at // STAGES) & 1) ^ 1)
+                    await_empty(q_ring, at)
                     mbarrier.expect(q_full.index(stage), QUERIES * (WIDTH * 2 + 4))
                     async_load(qs[t], [batch, first, column], q_full.index(stage), q_smem.index(stage))
-                    async_load(statistics[t], [2 * pair, first], q_full.index(stage), shift_smem.index(stage))
+                    async_load(rows[t], [2 * pair, first], q_full.index(stage), shift_smem.index(stage))
                     mbarrier.expect(do_full.index(stage), QUERIES * (WIDTH * 2 + 4))
                     async_load(dos[t], [batch, first, column], do_full.index(stage), do_smem.index(stage))
-                    async_load(statistics[t], [2 * pair + 1, first], do_full.index(stage), delta_smem.index(stage))
+                    async_load(rows[t], [2 * pair + 1, first], do_full.index(stage), delta_smem.index(stage))
                     at += 1
         count += 1
-
-
-@gluon.jit
-def barriers(SIZE: gl.constexpr, COUNT: gl.constexpr):
-    """SIZE barriers of COUNT arrivals each."""
-    each = gl.allocate_shared_memory(gl.int64, [SIZE, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(SIZE):
-        mbarrier.init(each.index(i), count=COUNT)
-    return each
 
 
 @gluon.jit
@@ -515,35 +458,36 @@ def joint_attention_hopper_bwd_body(
     QUERIES,  # of a block
 ):
     """Grid (programs that the GPU holds at once,), 4 warps, to which warp_specialize adds the others."""
-    BYTES: gl.constexpr = WIDTH * 2 if WIDTH < 64 else 128  # of a row, as shared memory is swizzled
-    SHARE_BYTES: gl.constexpr = WIDTH * 4 if WIDTH < 32 else 128
-    DS_BYTES: gl.constexpr = QUERIES * 2 if QUERIES < 64 else 128
     TILES: gl.constexpr = 2 if WIDTH < 128 else 1  # of keys in shared memory
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(BYTES, 16, rank=3)
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(min(128, 2 * WIDTH), 16, rank=3)
+    DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(min(128, 2 * QUERIES), 16, rank=2)
+    SHARE_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(min(128, 4 * WIDTH), 32, rank=3)
     FLAT: gl.constexpr = gl.NVMMASharedLayout(0, 32, rank=2)
     work = (
         gl.allocate_shared_memory(gl.int32, [SLOTS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
         barriers(SLOTS, 1),
         barriers(SLOTS, ROLES),
     )
-    k_ring = (gl.allocate_shared_memory(gl.bfloat16, [TILES, 1, KEYS, WIDTH], LAYOUT), barriers(TILES, 1), barriers(TILES, 3))
-    v_ring = (gl.allocate_shared_memory(gl.bfloat16, [TILES, 1, KEYS, WIDTH], LAYOUT), barriers(TILES, 1), barriers(TILES, 2))
-    query_ring = (
-        gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, QUERIES, WIDTH], LAYOUT),
-        gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, QUERIES, WIDTH], LAYOUT),
+    k_ring = ring(TILES, KEYS, WIDTH, 3)
+    v_ring = ring(TILES, KEYS, WIDTH, 2)
+    q_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, QUERIES, WIDTH], LAYOUT)
+    do_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, QUERIES, WIDTH], LAYOUT)
+    statistics = (
         gl.allocate_shared_memory(gl.float32, [STAGES, 1, QUERIES], FLAT),
         gl.allocate_shared_memory(gl.float32, [STAGES, 1, QUERIES], FLAT),
-        barriers(STAGES, 1),
-        barriers(STAGES, 1),
-        barriers(STAGES, 2),
     )
+    q_full = barriers(STAGES, 1)
+    do_full = barriers(STAGES, 1)
+    both_empty = barriers(STAGES, 2)
+    q_ring = (q_smem, q_full, both_empty)
+    do_ring = (do_smem, do_full, both_empty)
     ds_ring = (
-        gl.allocate_shared_memory(gl.bfloat16, [SLOTS, KEYS, QUERIES], gl.NVMMASharedLayout(DS_BYTES, 16, rank=2)),
+        gl.allocate_shared_memory(gl.bfloat16, [SLOTS, KEYS, QUERIES], DS_LAYOUT),
         barriers(SLOTS, 2),
         barriers(SLOTS, 1),
     )
     shares = (
-        gl.allocate_shared_memory(gl.float32, [SLOTS, 1, QUERIES, WIDTH], gl.NVMMASharedLayout(SHARE_BYTES, 32, rank=3)),
+        gl.allocate_shared_memory(gl.float32, [SLOTS, 1, QUERIES, WIDTH], SHARE_LAYOUT),
         barriers(SLOTS, 1),
         barriers(SLOTS, 1),
     )
@@ -551,16 +495,16 @@ def joint_attention_hopper_bwd_body(
     samples = SAMPLES[0]
     gl.warp_specialize(
         [
-            (key_side, (work, k_ring, v_ring, query_ring, ds_ring, dk_ptrs, dv_ptrs, LENGTHS, samples,
+            (key_side, (work, k_ring, v_ring, q_ring, do_ring, statistics, ds_ring, dk_ptrs, dv_ptrs, LENGTHS, samples,
                 0, HEADS, SCALE, DK_SCALE)),
-            (key_side, (work, k_ring, v_ring, query_ring, ds_ring, dk_ptrs, dv_ptrs, LENGTHS, samples,
+            (key_side, (work, k_ring, v_ring, q_ring, do_ring, statistics, ds_ring, dk_ptrs, dv_ptrs, LENGTHS, samples,
                 1, HEADS, SCALE, DK_SCALE)),
             (query_side, (work, k_ring, ds_ring, shares, LENGTHS, samples, HEADS, DQ_SCALE)),
-            (produce, (work, k_ring, v_ring, query_ring, q_ptrs, k_ptrs, v_ptrs, do_ptrs, statistics_ptrs, locks_ptr, LENGTHS,
-                samples, Q_STRIDES_, K_STRIDES_, V_STRIDES_, V_AT, HEADS)),
-            (permit, (work, order, locks_ptr, LENGTHS, samples, HEADS, QUERIES)),
+            (produce, (work, k_ring, v_ring, q_ring, do_ring, statistics, q_ptrs, k_ptrs, v_ptrs, do_ptrs, statistics_ptrs,
+                locks_ptr, LENGTHS, samples, Q_STRIDES_, K_STRIDES_, V_STRIDES_, V_AT, HEADS)),
+            (keep_order, (work, order, locks_ptr, LENGTHS, samples, HEADS, QUERIES, False)),
             (add, (work, shares, order, dq_ptrs, LENGTHS, samples, HEADS)),
-            (record, (work, order, locks_ptr, LENGTHS, samples, HEADS, QUERIES)),
+            (keep_order, (work, order, locks_ptr, LENGTHS, samples, HEADS, QUERIES, True)),
         ],
         [4, 4, 1, 1, 1, 1],
         [KEY_REGISTERS, QUERY_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],

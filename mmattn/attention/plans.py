@@ -363,14 +363,17 @@ def hopper_tiles(lengths: tuple[int, ...], heads: int) -> int:
     return heads * cdiv(sum(cdiv(L, ROWS.value) for L in lengths), CONSUMERS.value)
 
 
+def picked(constants: dict, *names: str) -> dict:
+    """Those of meta's constants that a kernel for Hopper takes: these, and the row strides."""
+    return {name: x for name, x in constants.items() if name in names or "STRIDE" in name}
+
+
 def hopper_forward(run, a, *, return_lse: bool, precision: str, **static):
     """attention_forward in two launches, the second of which repairs what the first found out of range."""
     n, d = len(a.q), a.q[0].shape[3]
     constants, _, _ = meta(run.target, a, "fwd", precision=precision, LOGS=return_lse, **static)
     outs = forward_specs(a, return_lse, precision)
-    names = ("V_AT", "HEADS", "WIDTH", "SCALE", "LOGS")
-    names += tuple(name for name in constants if "STRIDE" in name)
-    shared = tuple((name, constants[name]) for name in names)
+    shared = tuple(picked(constants, "V_AT", "HEADS", "WIDTH", "SCALE", "LOGS").items())
     first = hopper_plan(lengths(a), a.q[0].shape[0], run.target.sms, outs, (*shared, ("KEYS", hopper_keys(d))))
     results = tuple(run(first, *a.q, *a.k, *a.v))
     reach = 64  # queries of a program: enough programs for the GPU, few enough that most have nothing to do at little cost
@@ -520,8 +523,7 @@ def hopper_backward(run, a, o, do, lse, dlse, gradients, static):
     first = delta_plan(lengths(a), rows, H, d, bool(dlse), False, queries, locks)
     *statistics, zeros = run(first, *o, *do, *lse, *(dlse or lse))
     constants, _, _ = meta(run.target, a, "dkdv", **static)
-    names = ("V_AT", "HEADS", "WIDTH", "SCALE", *(name for name in constants if "STRIDE" in name))
-    constants = {name: constants[name] for name in names} | gradient_scales(**static) | dict(QUERIES=queries)
+    constants = picked(constants, "V_AT", "HEADS", "WIDTH", "SCALE") | gradient_scales(**static) | dict(QUERIES=queries)
     dq, dk, dv = gradients
     sums = tuple(Spec(x.shape, "float32") for x in dq)
     p = hopper_backward_plan(lengths(a), B, run.target.sms, (*sums, *dk, *dv, locks), tuple(constants.items()))
