@@ -368,8 +368,16 @@ def joint_attention_cases():
     # Sums of exponentials beyond what a float32 or the gate of the unshifted softmax holds, both ways, in some rows or all.
     yield case("over-the-gate", heads(1, 2, 32, 130, 20, qk=dict(std=5.0)))
     yield case("over-the-gate-64", heads(1, 1, 64, 130, qk=dict(std=4.0)), dict(return_lse=True))
+    opposite = lambda operands, mean: operands | dict(k=tuple(leaf._replace(mean=-mean) for leaf in operands["k"]))
     low = heads(1, 1, 16, 70, 37, qk=dict(mean=5.0))
-    yield case("under-the-gate", low | dict(k=tuple(leaf._replace(mean=-5.0) for leaf in low["k"])), dict(return_lse=True))
+    yield case("under-the-gate", opposite(low, 5.0), dict(return_lse=True))
+    tiny = heads(1, 1, 16, 64, qk=dict(mean=4.8, std=0.05))  # exponentials are the smallest numbers that there are
+    yield case("barely-under-the-gate", opposite(tiny, 4.8), dict(return_lse=True))
+    small = heads(1, 1, 16, 70, 37, qk=dict(mean=1.86, std=0.3))  # small beside the ones of keys that are not there
+    yield case("low-scores", opposite(small, 1.86), dict(return_lse=True))
+    large = heads(1, 1, 16, 70, 37, qk=dict(mean=1.6))
+    large |= dict(v=tuple(leaf._replace(std=1e36) for leaf in large["v"]))  # times exponentials of 2^15 more than float32 holds
+    yield case("large-values", large, dtypes=("bfloat16",))
     over = heads(2, 1, 16, 37, 70, qk=dict(std=5.0), real=((37, 20), (1, 65))) | key_masks((37, 70), ((37, 20), (1, 65)))
     yield case("over-the-gate-key-masks", over)
     yield case("zeros", heads(1, 2, 16, 37, 5, qk=dict(std=0.0)))
@@ -407,8 +415,7 @@ def joint_attention_cases():
     yield case("heads-in-turn-64", heads(40, 8, 16, 186, 64), **LARGE)
     yield case("heads-in-turn-scattered-key-masks", heads(40, 8, 16, 70, 130) | scattered(40, 70, 130), **LARGE)
     low = heads(40, 8, 16, 70, 37, qk=dict(mean=5.0))
-    under = low | dict(k=tuple(leaf._replace(mean=-5.0) for leaf in low["k"]))
-    yield case("heads-in-turn-under-the-gate", under, dict(return_lse=True), **LARGE)
+    yield case("heads-in-turn-under-the-gate", opposite(low, 5.0), dict(return_lse=True), **LARGE)
     yield case("long-causal", heads(1, 2, 64, 3000), dict(causal=True), **LARGE)
     long = heads(2, 4, 64, 700, 300, real=((700, 1), (299, 130))) | key_masks((700, 300), ((700, 1), (299, 130)))
     yield case("long-key-masks", long, dict(return_lse=True), **LARGE)

@@ -262,13 +262,18 @@ def formula_in(case: Case, dtype: str, precision: str, rounded_dots: bool = Fals
     return framework_of(INSTALLED[0]).formula(case, operands(case, dtype), cotangents(case, dtype), dtypes, dot)
 
 
+def finite(x: np.ndarray) -> np.ndarray:
+    """Its finite values."""
+    return x[np.isfinite(x)]
+
+
 def distance(x: np.ndarray, exact: np.ndarray, norm) -> float:
     """Relative distance where exact is finite; elsewhere the two must be equal."""
-    finite = np.isfinite(exact)
-    if not np.array_equal(x[~finite], exact[~finite]):
+    there = np.isfinite(exact)
+    if not np.array_equal(x[~there], exact[~there]):
         return np.inf
-    size = norm(exact[finite])
-    error = norm(x[finite] - exact[finite])
+    size = norm(exact[there])
+    error = norm(x[there] - exact[there])
     return error / size if size else np.inf if error else 0.0
 
 
@@ -284,6 +289,9 @@ def check(case: Case, dtype: str, result: Result) -> None:
     error of outputs and token gradients is looked at too, relative to the largest value. The gains' gradients are the norm's,
     a few dozen sums over all tokens, and are judged as the norm's own are. Where the op rounds what it goes on with, every
     result is as fine as dtype, whatever dtype it has.
+
+    A log-sum-exp is off by half an ulp of P at most, and by that much where one key outweighs the others: the formula, which
+    shifts a row so that its largest P is 1, rounds that one by nothing.
     """
     shared = {f"d{name}" for name in shared_names(case)}
     exact, plain = formula_in(case, dtype, "float64"), formula_in(case, dtype, "float32", case.call in SOFTMAX)
@@ -295,4 +303,6 @@ def check(case: Case, dtype: str, result: Result) -> None:
             norm = NORMS[norm_name]
             error = distance(x, exact.values[name], norm)
             budget = 2 * distance(rounded(plain.values[name], kind), exact.values[name], norm) + EPS[kind] / 2
+            if case.static.get("return_lse") and name.startswith("out[1]") and norm_name == "max":
+                budget = max(budget, EPS[dtype] / 2 / norm(finite(exact.values[name])))
             assert error <= budget < 1, f"{case} {dtype} {name}: {norm_name} error {error:.3g}, budget {budget:.3g}"

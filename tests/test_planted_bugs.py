@@ -61,15 +61,13 @@ BUGS = [
         "if in_range(acc, sums, keep, keys, hidden, ",
         "if (keys > 0) | (",
     ),
-    Bug(
-        "underflow accepted",
-        "joint_attention-under-the-gate",
-        FORWARD,
-        "(total >= least) & (total <= 2.0**64) & (total * 256.0 >= hidden)",
-        "(total >= 0.0) & (total <= 2.0**64)",
-    ),
+    Bug("underflow accepted", "joint_attention-barely-under-the-gate", FORWARD, "(total >= least)", "(total >= 0.0)"),
+    Bug("lost beside ones", "joint_attention-low-scores", FORWARD, " & (total * 256.0 >= hidden)", ""),
     Bug("masked keys counted", "joint_attention-scattered-key-masks-64", FORWARD, "- real * busy", "- end"),
-    Bug("nothing repaired", "joint_attention-under-the-gate", SHORT, "tl.min(tl.ravel(fine), 0) == 0", "blocks < 0"),
+    Bug("nothing repaired", "joint_attention-under-the-gate", SHORT, "tl.min(fine, 0) == 0", "blocks < 0"),
+    Bug(
+        "overflow accepted", "joint_attention-large-values", SHORT, 'tl.min((largest < float("inf"))', "tl.min((largest != -1.0)"
+    ),
     Bug("first queries again", "joint_attention-key-masks", SHORT, "block + 1, q_ptrs", "0, q_ptrs"),
     Bug("tail counted", "joint_attention-key-masks", FORWARD, "- (tl.sum(real, 0) if KEY_MASKED else length)", "* 0"),
     Bug(

@@ -14,7 +14,9 @@ Proof that a row in range is as exact as a shifted one. Let n be the number of k
   float32) that is n 2^-63. In float16 P is a multiple of u = 2^-24, so r >= n 2^-12 is asked for: 2^-13, a quarter of an ulp.
 - A key that does not count is read as k = v = 0: it puts 2^0 = 1 into the sum and nothing into the output, and no score need be
   masked. Those ones are subtracted from r; where they are at most 256 r, the sum's rounding grows to 257 times 2^-24 of r.
-- Every other rounding is relative to its term, shifted or not.
+- Every other rounding is relative to its term, shifted or not. A shifted row's largest exponential is 1 and rounded by nothing,
+  here it is rounded as all others are: the log-sum-exp may be off by half an ulp of P. The output is not: P v and the sum of P
+  are sums of the same rounded P.
 """
 
 from __future__ import annotations

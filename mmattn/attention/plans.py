@@ -311,9 +311,11 @@ def is_short(target: Target, a) -> bool:
 def short_forward(run, a, *, return_lse: bool, precision: str, **static):
     """attention_forward where `is_short`. 4 warps, no loop that stages could serve (docs/facts.md)."""
     B, _, H, _ = a.q[0].shape
-    n, unused = len(a.q), ("CAUSAL", "MASKED", "EXACT", "QUERIES", "KEYS")
+    n, unused = len(a.q), ("CAUSAL", "MASKED", "EXACT", "QUERIES")
     constants, _, _ = meta(run.target, a, "fwd", precision=precision, LOGS=return_lse, **static)
-    constants = {name: x for name, x in constants.items() if name not in unused} | blocks_of(a) | dict(TOKENS=TOKENS)
+    # What takes most registers is the way with a running maximum, with masks the more: how many programs run at once hangs on it.
+    keys = 16 if any(m is not None for m in a.key_masks) else 32
+    constants = {name: x for name, x in constants.items() if name not in unused} | blocks_of(a) | dict(TOKENS=TOKENS, KEYS=keys)
     outs = forward_specs(a, return_lse, precision)
     p = plan(joint_attention_short_fwd_body, lengths(a), B * H, None, outs, tuple(constants.items()), 4, 1)
     results = tuple(run(p, *a.q, *a.k, *a.v, *key_mask_inputs(a)))

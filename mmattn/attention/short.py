@@ -1,15 +1,15 @@
 """Forward of short joint sequences: a program does all queries of one head, so that k and v are read once.
 
 All keys stay in shared memory, and the next block of queries is loaded while this one is computed. The softmax has no shift (see
-`forward`); whether some block needed one is asked once, when all are done, since a program's warps have to wait for each other
-to ask.
+`forward`); whether some row needed one is asked once, when all are done, since a program's warps have to wait for each other to
+ask. Then the head is computed once more.
 """
 
 from __future__ import annotations
 
 from .._triton import tl, triton
 from .forward import LN2, gather, load_all_keys, outputs_of, shifted_softmax, sums_in_range
-from .tokens import load_queries, load_tokens, piece_of, stream_of, zero_head
+from .tokens import kept, load_head, piece_of, stream_of, zero_head
 
 
 @triton.jit
@@ -17,10 +17,15 @@ def queries_of(
     block, q_ptrs, key_mask_ptrs, LENGTHS, Q_STRIDES_, KEY_MASKS_, batch, head, dtype: tl.constexpr,
     WIDTH: tl.constexpr, TOKENS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Token numbers, which of them count, and q of a block of all streams' tokens."""
+    """Token numbers, which of them count, and q of a block of all streams' tokens. q does not wait for the mask."""
     _, q_ptr, length, stride, first = stream_of(block, q_ptrs, LENGTHS, Q_STRIDES_, TOKENS)
     _, mask_ptr, _, masked, _ = stream_of(block, key_mask_ptrs, LENGTHS, KEY_MASKS_, TOKENS)
-    return load_queries(q_ptr + head * WIDTH, mask_ptr, batch, first, length, stride, masked, dtype, WIDTH, TOKENS, COLS)
+    query = first + tl.arange(0, TOKENS)
+    q = load_head(q_ptr + head * WIDTH, batch, query, length, stride, query < length, dtype, WIDTH, COLS, False)
+    keep = query < length
+    if masked:
+        keep = kept(mask_ptr, batch, query, length, True)
+    return query, keep, q
 
 
 @triton.jit
@@ -46,12 +51,12 @@ def joint_attention_short_fwd_body(
     LOGS,  # whether log_ptrs are wanted
     BLOCKS_,  # per stream, its blocks of TOKENS tokens
     TOKENS,
+    KEYS,  # of a block, for a head that needs a running maximum
     COLS,  # one tile
 ):
     """Grid (B * H,)."""
     head = tl.program_id(0) % HEADS
     batch = (tl.program_id(0) // HEADS).to(tl.int64)
-    cols = tl.arange(0, COLS)
     dtype: tl.constexpr = v_ptrs[0].dtype.element_ty
     query, keep, q = queries_of(
         0, q_ptrs, key_mask_ptrs, LENGTHS, Q_STRIDES_, KEY_MASKS_, batch, head, dtype, WIDTH, TOKENS, COLS
@@ -72,7 +77,8 @@ def joint_attention_short_fwd_body(
         blocks += BLOCKS_[t]
         keys += LENGTHS[t]
         hidden += uncounted
-    fine = tl.full((TOKENS, COLS), 1, tl.int32)
+    fine = tl.full((TOKENS,), 1, tl.int32)
+    largest = tl.zeros((TOKENS, COLS), tl.float32)
     for block in tl.range(0, blocks, num_stages=1):
         next_query, next_keep, next_q = queries_of(
             block + 1, q_ptrs, key_mask_ptrs, LENGTHS, Q_STRIDES_, KEY_MASKS_, batch, head, dtype, WIDTH, TOKENS, COLS
@@ -83,10 +89,9 @@ def joint_attention_short_fwd_body(
         for j in tl.static_range(len(ks)):
             acc, total = gather(acc, total, q, ks[j], vs[j], None, query, 0, 0, 0, SCALE, False, PRECISION, True, True)
         sums = tl.max(total, 1) - hidden  # [TOKENS]
-        good = sums_in_range(sums, keep, keys, hidden, dtype == tl.float16)
-        fine = tl.where((tl.abs(acc[0]) <= 2.0**126) & good[:, None], fine, 0)
-        # A row that has to be computed again is NaN.
-        o = acc[0] * tl.where(keep, tl.where(good, 1.0 / sums, float("nan")), 0.0)[:, None]
+        o = tl.where(keep[:, None], acc[0] * (1.0 / sums)[:, None], 0.0)
+        fine &= sums_in_range(sums, keep, keys, hidden, dtype == tl.float16).to(tl.int32)
+        largest = tl.maximum(largest, tl.abs(o), propagate_nan=tl.PropagateNan.ALL)  # infinite if a sum of P v was
         at, inside = piece_of(batch, head, query, length, 0, HEADS, WIDTH, COLS)
         tl.store(o_ptr + at, o.to(dtype), mask=inside)
         at = (batch * HEADS + head) * length + query
@@ -95,17 +100,15 @@ def joint_attention_short_fwd_body(
         if LOGS:
             tl.store(log_ptr + at, lse * LN2, mask=query < length)
         query, keep, q = next_query, next_keep, next_q
-    if tl.min(tl.ravel(fine), 0) == 0:
-        tl.debug_barrier()  # what one thread has stored, others read
+    fine &= tl.min((largest < float("inf")).to(tl.int32), 1)
+    if tl.min(fine, 0) == 0:
+        tl.debug_barrier()  # what one thread has stored, another stores again
         for block in tl.range(0, blocks, num_stages=1):
             i, q_ptr, length, q_stride, first = stream_of(block, q_ptrs, LENGTHS, Q_STRIDES_, TOKENS)
             o_ptr, lse_ptr, log_ptr, _ = outputs_of(block, o_ptrs, lse_ptrs, log_ptrs, LENGTHS, Q_STRIDES_, TOKENS)
             _, query_mask_ptr, _, query_masked, _ = stream_of(block, key_mask_ptrs, LENGTHS, KEY_MASKS_, TOKENS)
-            query = first + tl.arange(0, TOKENS)
-            o = load_tokens(o_ptr + head * WIDTH, batch, query, length, HEADS * WIDTH, cols, WIDTH, query < length, False)
-            if tl.max(tl.ravel((o - o != 0.0).to(tl.int32)), 0) != 0:
-                shifted_softmax(
-                    q_ptr, k_ptrs, v_ptrs, query_mask_ptr, key_mask_ptrs, q_ptr, q_ptr, q_ptr, o_ptr, lse_ptr, log_ptr,
-                    batch, head, i, first, length, q_stride, query_masked, LENGTHS, K_STRIDES_, V_STRIDES_, V_AT,
-                    HEADS, GROUP, WIDTH, SCALE, KEY_MASKS_, False, 0, PRECISION, False, LOGS, TOKENS, 32, COLS, 1,
-                )  # fmt: skip
+            shifted_softmax(
+                q_ptr, k_ptrs, v_ptrs, query_mask_ptr, key_mask_ptrs, q_ptr, q_ptr, q_ptr, o_ptr, lse_ptr, log_ptr,
+                batch, head, i, first, length, q_stride, query_masked, LENGTHS, K_STRIDES_, V_STRIDES_, V_AT,
+                HEADS, GROUP, WIDTH, SCALE, KEY_MASKS_, False, 0, PRECISION, False, LOGS, TOKENS, KEYS, COLS, 1,
+            )  # fmt: skip
