@@ -12,17 +12,28 @@ and comes back to registers. wgmma could read it there, but a fence for it takes
 
 from __future__ import annotations
 
-from .._gluon import await_copies, commit_copies, copy_async, fence_async_shared, gl, gluon, warpgroup_mma, warpgroup_mma_wait
+from .._gluon import (
+    INSTALLED,
+    await_copies,
+    commit_copies,
+    copy_async,
+    fence_async_shared,
+    gl,
+    gluon,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from .hopper import exponentials
 
 ROWS = gl.constexpr(64)  # tokens of a block: what one wgmma multiplies
 WIDTH = gl.constexpr(16)
-CHUNKS = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0]))  # 16 bytes a thread
-HEAD = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16]))
-LEFT = gl.constexpr(gl.DotOperandLayout(0, HEAD, 2))
-TILE = gl.constexpr(gl.NVMMASharedLayout(32, 16, rank=2))
-SQUARE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
-SQUARE_TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
+if INSTALLED:
+    CHUNKS = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0]))  # of a tile, 16 bytes a thread
+    HEAD = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16]))  # of a product that is a tile
+    LEFT = gl.constexpr(gl.DotOperandLayout(0, HEAD, 2))  # of its left operand
+    SQUARE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+    TILE = gl.constexpr(gl.NVMMASharedLayout(32, 16, rank=2))
+    SQUARE_TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
 
 
 @gluon.jit
@@ -49,7 +60,7 @@ def copy_tile(smem, ptr, batch, head, first, length, stride: gl.constexpr, there
     token = first + gl.arange(0, ROWS, gl.SliceLayout(1, CHUNKS))
     cols = gl.arange(0, WIDTH, gl.SliceLayout(0, CHUNKS))
     at = ptr + batch * length * stride + head * WIDTH
-    mask = ((token < length) & there)[:, None] & (cols >= 0)[None, :]
+    mask = ((token < length) & there)[:, None]
     copy_async(smem, at + token[:, None] * stride + cols[None, :], mask)
 
 
@@ -137,7 +148,7 @@ def store_tokens(block, x, batch, head, ptrs, LENGTHS, HEADS: gl.constexpr, BLOC
     token = first + gl.arange(0, ROWS, gl.SliceLayout(1, HEAD))
     cols = gl.arange(0, WIDTH, gl.SliceLayout(0, HEAD))
     at = ptr + batch * length * (HEADS * WIDTH) + head * WIDTH
-    mask = (token < length)[:, None] & (cols >= 0)[None, :]
+    mask = (token < length)[:, None]
     gl.store(at + token[:, None] * (HEADS * WIDTH) + cols[None, :], x.to(ptr.dtype.element_ty), mask=mask)
 
 
@@ -255,7 +266,7 @@ def joint_attention_hopper_short_bwd_body(
     DQ_SCALE,  # of dS k
     DK_SCALE,  # of dS^T q
     BLOCKS_,  # blocks of 64 tokens in each stream
-    TOTAL,  # of all streams
+    TOTAL,  # their sum
     QUERIES,  # of a step: a block, or half of one
     AHEAD,  # whether the next head is copied while one is computed
 ):
