@@ -8,6 +8,7 @@ try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+    from triton.experimental.gluon.language.nvidia.ampere import async_copy
     from triton.experimental.gluon.language.nvidia.hopper import (
         fence_async_shared,
         mbarrier,
@@ -20,6 +21,9 @@ try:
     async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the latter until 3.8
     async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
     store_wait = tma.store_wait
+    copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # the latter until 3.8
+    commit_copies = async_copy.commit_group
+    await_copies = async_copy.wait_group
 
     @gl._core.builtin
     def async_add(view, coord, smem, _semantic=None):
@@ -32,6 +36,7 @@ except (ImportError, AttributeError):
     from ._triton import triton as gluon
 
     GluonASTSource = GluonJITFunction = mbarrier = tma = warpgroup_mma = warpgroup_mma_wait = None
+    await_copies = commit_copies = copy_async = None
     async_add = async_load = async_store = fence_async_shared = make_tensor_descriptor = store_wait = None
 
 INSTALLED = tma is not None
@@ -48,6 +53,9 @@ __all__ = [
     "async_add",
     "async_load",
     "async_store",
+    "await_copies",
+    "commit_copies",
+    "copy_async",
     "fence_async_shared",
     "gl",
     "gluon",

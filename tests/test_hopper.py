@@ -30,6 +30,8 @@ PLAIN = ["joint_attention_fwd"]
 SHORT = ["joint_attention_short_fwd"]
 BACKWARD = ["attention_delta", "joint_attention_hopper_bwd", "attention_round"]
 PLAIN_BACKWARD = ["attention_delta", "joint_attention_bwd_dq", "joint_attention_bwd_dkdv"]
+SHORT_BACKWARD = ["joint_attention_hopper_short_bwd"]
+ONE_PASS = ["joint_attention_bwd"]
 SPILLED = 136  # bytes that the backward may spill, the most with Triton 3.6, 3.7 and 3.9: numbers that a loop hardly needs
 
 
@@ -97,7 +99,14 @@ def test_which_calls_take_it(case, dtype, target, kernels, any_size):
         (attention(2, 3, 128, 333, 154), HOPPER, BACKWARD),
         (attention(2, 3, 32, 333, 154), HOPPER, BACKWARD),
         (attention(2, 3, 16, 333, 154), HOPPER, BACKWARD),
-        (attention(2, 3, 16, 320), HOPPER, ["joint_attention_bwd"]),
+        (attention(2, 3, 16, 320), HOPPER, SHORT_BACKWARD),
+        (attention(2, 3, 16, 1, 65, static=dict(return_lse=True)), HOPPER, SHORT_BACKWARD),
+        (attention(2, 3, 16, 186, 186), HOPPER, SHORT_BACKWARD),
+        (attention(2, 3, 16, 64), HOPPER, ONE_PASS),
+        (attention(2, 3, 8, 186), HOPPER, ONE_PASS),
+        (attention(2, 3, 16, 186), Target(), ONE_PASS),
+        (attention(2, 3, 16, 186), Target(sms=7, gluon=True), ONE_PASS),
+        (attention(2, 3, 16, 186, **key_masks((186,), ((1, 2),))), HOPPER, ONE_PASS),
         (attention(2, 3, 48, 333, 154), HOPPER, PLAIN_BACKWARD),
         (attention(2, 3, 64, 333, 100), HOPPER, PLAIN_BACKWARD),
         (attention(2, 3, 64, 333, static=dict(causal=True)), HOPPER, PLAIN_BACKWARD),
@@ -171,6 +180,10 @@ def test_it_is_taken_where_it_is_faster(shape, kernels):
         ((2, 24, 128, 4096, 512), BACKWARD),
         ((4, 8, 16, 4096), BACKWARD),
         ((2, 24, 64, 1024, 154), BACKWARD),
+        ((128, 8, 16, 186), SHORT_BACKWARD),
+        ((128, 8, 16, 186, 64), SHORT_BACKWARD),
+        ((128, 8, 16, 186, 186), SHORT_BACKWARD),
+        ((1, 8, 16, 186), ONE_PASS),
         ((1, 8, 64, 2048), PLAIN_BACKWARD),
         ((128, 24, 64, 192), PLAIN_BACKWARD),
         ((1, 1, 64, 8192), PLAIN_BACKWARD),
@@ -245,6 +258,35 @@ def test_code_of_the_backward(shape, scale, constant, any_size, tmp_path):
     assert counted(rf"bulk\.commit_group wait_group\.read 0 {told} wait_group 1 {told}") >= n
     assert counted(rf"wait_group 0 {told}") == 1
     assert counted(r"ld\.acquire\.gpu fence\.proxy\.async\.global") == counted(r"st\.release\.gpu") == 1
+
+
+@pytest.mark.parametrize("scale, constant", [(None, False), (1.0, False), (None, True)], ids=["torch", "folded", "jax"])
+@pytest.mark.parametrize("lengths", [(128,), (186,), (1, 65), (186, 64), (300,), (186, 186)], ids=str)
+def test_code_of_the_short_backward(lengths, scale, constant, tmp_path):
+    """Products do not wait for one another, and hardly a register is spilled. The barriers are there, which no result need show:
+    of a head that has been copied, before wgmma reads it, and of dS, before it is read and before the next one is written."""
+    (launch,) = backward(ghosts(attention(128, 8, 16, *lengths), "bfloat16"), TARGETS[90])
+    plan, n = launch.plan, len(lengths)
+    outs = tuple(spec._replace(dtype="float32") if scale == 1.0 and i < 2 * n else spec for i, spec in enumerate(plan.outs))
+    plan = dataclasses.replace(plan, outs=outs, meta={**plan.meta, "SCALE": scale or plan.meta["SCALE"]})
+    if constant:
+        plan = dataclasses.replace(plan, ints={}, meta={**plan.meta, **plan.ints})
+    kernel = compiled(launch._replace(plan=plan), 90)
+    assert 2 * (kernel.metadata.shared + 1024) <= TARGETS[90].shared + 1024  # of two programs; each takes 1 KB besides
+    (tmp_path / "kernel.cubin").write_bytes(kernel.asm["cubin"])
+    spilled = re.search(r"STACK:(\d+)", tool("cuobjdump", "--dump-resource-usage", str(tmp_path / "kernel.cubin")))
+    assert int(spilled[1]) <= SPILLED
+    instructions = tool("nvdisasm", "-c", str(tmp_path / "kernel.cubin"))
+    assert 0 < instructions.count("WARPGROUP.") < instructions.count("HGMMA.")
+    events = r"async\.wait_group 0|fence\.proxy\.async|bar\.sync|wgmma\.mma_async|stmatrix|ldmatrix"
+    text = " ".join(re.findall(events, re.sub(r"\s+", " ", kernel.asm["ptx"])))
+    copied = text[: text.index("wgmma", text.index("wgmma") + 1)]  # what the second product reads is the first that was stored
+    assert re.search(r"async\.wait_group 0 bar\.sync .*fence\.proxy\.async .*bar\.sync", copied)
+    assert "fence" not in text[text.index("stmatrix") :]
+    products = r"(?:wgmma\.mma_async )*"
+    blocks = sum(-(-length // 64) for length in lengths)
+    assert len(re.findall(rf"stmatrix {products}bar\.sync {products}ldmatrix", text)) == blocks
+    assert not re.search(rf"ldmatrix {products}stmatrix|stmatrix {products}ldmatrix", text)
 
 
 @pytest.mark.parametrize("shape", [(2, 24, 64, 4096, 333), (2, 24, 128, 4096, 512), (4, 16, 32, 4096, 333)], ids=str)
@@ -410,6 +452,36 @@ def test_frameworks_agree_to_the_bit(case, launched):
         results.append(frameworks.call(frameworks.framework_of(name), case, "bfloat16"))
         took(case, launched)
     assert_same_bits(*results)
+
+
+@ON_GPU
+@pytest.mark.parametrize(
+    "case",
+    [  # two to six blocks in one to three streams, at least as many heads as multiprocessors
+        joint("128", heads(17, 8, 16, 128)),
+        joint("186", heads(17, 8, 16, 186), return_lse=True),
+        joint("65-1", heads(17, 8, 16, 65, 1)),
+        joint("37-100", heads(17, 8, 16, 37, 100), return_lse=True),
+        joint("37-64-65", heads(17, 8, 16, 37, 64, 65)),
+        joint("300", heads(40, 8, 16, 300), scale=1e-5),
+        joint("186-186", heads(40, 8, 16, 186, 186), return_lse=True),
+        joint("views", packed(17, 8, 16, 186, 64)),
+        joint("very-low-logits", very_low(17, 8, 16, 186, 37)),
+        fused("packed-16", projections(17, 8, 16, 186, 64, over="head")),
+    ],
+    ids=str,
+)
+def test_backward_of_short_heads(case, launched):
+    """Against float64, twice, and both frameworks to the bit."""
+    results = []
+    for name in frameworks.INSTALLED:
+        for _ in range(2):
+            results.append(frameworks.call(frameworks.framework_of(name), case, "bfloat16"))
+            frameworks.check(case, "bfloat16", results[-1])
+        assert SHORT_BACKWARD[0] in launched
+        launched.clear()
+    for other in results[1:]:
+        assert_same_bits(results[0], other)
 
 
 @ON_GPU

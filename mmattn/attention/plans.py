@@ -12,6 +12,7 @@ from .backward import PAD, attention_delta_body, attention_round_body, joint_att
 from .forward import joint_attention_fwd_body, joint_attention_repair_body
 from .hopper import CONSUMERS, ROWS, joint_attention_hopper_body
 from .hopper_backward import KEYS, joint_attention_hopper_bwd_body
+from .hopper_short_backward import joint_attention_hopper_short_bwd_body
 from .short import joint_attention_short_fwd_body
 from .single_pass import joint_attention_bwd_body
 from .tokens import mask_any_kernel
@@ -429,6 +430,8 @@ def attention_backward(run, a, outs, residuals, douts, *, precision: str, wide: 
     like = lambda xs: tuple(Spec(tuple(x.shape), "float32" if wide else spec(x).dtype) for x in xs)
     gradients = like(a.q), like(a.k), tuple(Spec(tuple(x.shape), spec(a.v[0]).dtype) for x in a.k)
     if is_single_pass(run.target, a, static["causal"], static["scale"]):
+        if short_backward_on_hopper(run.target, a, o, do):
+            return hopper_short_backward(run, a, o, do, lse, dlse, gradients, static)
         return single_pass(run, a, o, do, lse, dlse, gradients, static)
     if backward_on_hopper(run.target, a, do, static["causal"]):
         return hopper_backward(run, a, o, do, lse, dlse, gradients, static)
@@ -470,6 +473,42 @@ def single_plan(
     constants, n = dict(constants), len(lengths)
     ints = integers(LENGTHS=lengths, SAMPLES=(heads // constants["HEADS"],) * n)
     return Plan(over_streams(joint_attention_bwd_body, n), (programs,), outs, ints, constants, warps=warps, stages=stages)
+
+
+def short_backward_on_hopper(target: Target, a, o, do) -> bool:
+    """Whether a backward in one pass takes the kernel for Hopper: it was faster from two blocks a head on (docs/facts.md)."""
+    B, _, H, d = a.q[0].shape
+    if not (target.gluon and target.arch == 90) or any(m is not None for m in a.key_masks):
+        return False
+    if d != 16 or target.sms > B * H or sum(blocks_of(a).values()) == 1:
+        return False
+    return all(spec(x).dtype == "bfloat16" for x in (a.q[0], a.k[0], a.v[0])) and all(
+        aligned(x, 3 if len(x.shape) == 5 else 2) for x in (*a.q, *a.k, *a.v, *o, *do)
+    )
+
+
+def hopper_short_backward(run, a, o, do, lse, dlse, gradients, static):
+    """attention_backward in one launch, of which a multiprocessor holds two programs, that walk heads."""
+    heads, n = a.q[0].shape[0] * a.q[0].shape[2], len(a.q)
+    blocks = blocks_of(a)
+    total = sum(blocks.values())
+    constants, _, _ = meta(run.target, a, "single", SHIFTED=bool(dlse), **static)
+    constants = picked(constants, "V_AT", "HEADS", "SCALE", "SHIFTED") | gradient_scales(**static) | blocks
+    # The next head does not fit beside one of more than four blocks. Up to three, steps of half a block were faster.
+    constants |= dict(TOTAL=total, QUERIES=TOKENS // 2 if total <= 3 else TOKENS, AHEAD=total <= BLOCKS)
+    outs = tuple(x for grads in gradients for x in grads)
+    p = hopper_short_backward_plan(lengths(a), heads, min(heads, 2 * run.target.sms), outs, tuple(constants.items()))
+    results = tuple(run(p, *a.q, *a.k, *a.v, *o, *do, *lse, *(dlse or lse)))
+    return results[:n], results[n : 2 * n], results[2 * n :]
+
+
+@cache
+def hopper_short_backward_plan(
+    lengths: tuple[int, ...], heads: int, programs: int, outs: tuple[Spec, ...], constants: tuple
+) -> Plan:
+    constants, n = dict(constants), len(lengths)
+    ints = integers(LENGTHS=lengths, SAMPLES=(heads // constants["HEADS"],) * n)
+    return Plan(over_streams(joint_attention_hopper_short_bwd_body, n), (programs,), outs, ints, constants, warps=4)
 
 
 def two_passes(run, a, masks, o, do, lse, dlse, gradients, static):
