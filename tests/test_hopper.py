@@ -264,7 +264,8 @@ def test_code_of_the_backward(shape, scale, constant, any_size, tmp_path):
 @pytest.mark.parametrize("lengths", [(128,), (186,), (1, 65), (186, 64), (300,), (186, 186)], ids=str)
 def test_code_of_the_short_backward(lengths, scale, constant, tmp_path):
     """Products do not wait for one another, and hardly a register is spilled. The barriers are there, which no result need show:
-    of a head that has been copied, before wgmma reads it, and of dS, before it is read and before the next one is written."""
+    of a head, before it is copied over another and before wgmma reads it, and of dS, before it is read and before the next one is
+    written."""
     (launch,) = backward(ghosts(attention(128, 8, 16, *lengths), "bfloat16"), TARGETS[90])
     plan, n = launch.plan, len(lengths)
     outs = tuple(spec._replace(dtype="float32") if scale == 1.0 and i < 2 * n else spec for i, spec in enumerate(plan.outs))
@@ -278,10 +279,11 @@ def test_code_of_the_short_backward(lengths, scale, constant, tmp_path):
     assert int(spilled[1]) <= SPILLED
     instructions = tool("nvdisasm", "-c", str(tmp_path / "kernel.cubin"))
     assert 0 < instructions.count("WARPGROUP.") < instructions.count("HGMMA.")
-    events = r"async\.wait_group 0|fence\.proxy\.async|bar\.sync|wgmma\.mma_async|stmatrix|ldmatrix"
+    events = r"cp\.async\.cg|async\.wait_group 0|fence\.proxy\.async|bar\.sync|wgmma\.mma_async|stmatrix|ldmatrix"
     text = " ".join(re.findall(events, re.sub(r"\s+", " ", kernel.asm["ptx"])))
     copied = text[: text.index("wgmma", text.index("wgmma") + 1)]  # what the second product reads is the first that was stored
     assert re.search(r"async\.wait_group 0 bar\.sync .*fence\.proxy\.async .*bar\.sync", copied)
+    assert plan.meta["AHEAD"] or text.startswith("bar.sync cp.async.cg")  # the head before has been read
     assert "fence" not in text[text.index("stmatrix") :]
     products = r"(?:wgmma\.mma_async )*"
     blocks = sum(-(-length // 64) for length in lengths)

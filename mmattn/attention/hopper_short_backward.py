@@ -79,8 +79,10 @@ def fetch(
     for i in gl.static_range(len(q_ptrs)):
         for b in gl.static_range(BLOCKS_[i]):
             at = slot * o_smem.shape[0] + len(lse)
-            copy_tile(q_smem.index(at), q_ptrs[i], batch, head, b * ROWS, LENGTHS[i], Q_STRIDES_[i], there)
+            # k first: warps read it from shared memory themselves, so that a barrier comes before the copy. Of what wgmma alone
+            # reads, the compiler takes one warp's wait for everyone's.
             copy_tile(k_smem.index(at), k_ptrs[i], batch, head, b * ROWS, LENGTHS[i], K_STRIDES_[i], there)
+            copy_tile(q_smem.index(at), q_ptrs[i], batch, head, b * ROWS, LENGTHS[i], Q_STRIDES_[i], there)
             copy_tile(v_smem.index(at), v_ptrs[i] + V_AT, batch, head, b * ROWS, LENGTHS[i], V_STRIDES_[i], there)
             copy_tile(do_smem.index(at), do_ptrs[i], batch, head, b * ROWS, LENGTHS[i], row_stride, there)
             copy_tile(o_smem.index(len(lse)), o_ptrs[i], batch, head, b * ROWS, LENGTHS[i], row_stride, there)
