@@ -476,11 +476,12 @@ def single_plan(
 
 
 def short_backward_on_hopper(target: Target, a, o, do) -> bool:
-    """Whether a backward in one pass takes the kernel for Hopper: it was faster from two blocks a head on (docs/facts.md)."""
+    """Whether a backward in one pass takes the kernel for Hopper: it was faster from two blocks a head on (docs/facts.md). Fewer
+    heads than multiprocessors were not measured."""
     B, _, H, d = a.q[0].shape
     if not (target.gluon and target.arch == 90) or any(m is not None for m in a.key_masks):
         return False
-    if d != 16 or target.sms > B * H or sum(blocks_of(a).values()) == 1:
+    if d != 16 or target.sms > B * H or sum(blocks_of(a).values()) <= 1:
         return False
     return all(spec(x).dtype == "bfloat16" for x in (a.q[0], a.k[0], a.v[0])) and all(
         aligned(x, 3 if len(x.shape) == 5 else 2) for x in (*a.q, *a.k, *a.v, *o, *do)
@@ -492,10 +493,11 @@ def hopper_short_backward(run, a, o, do, lse, dlse, gradients, static):
     heads, n = a.q[0].shape[0] * a.q[0].shape[2], len(a.q)
     blocks = blocks_of(a)
     total = sum(blocks.values())
-    constants, _, _ = meta(run.target, a, "single", SHIFTED=bool(dlse), **static)
+    constants, _, _ = meta(run.target, a, "fwd", SHIFTED=bool(dlse), **static)
     constants = picked(constants, "V_AT", "HEADS", "SCALE", "SHIFTED") | gradient_scales(**static) | blocks
-    # The next head does not fit beside one of more than four blocks. Up to three, steps of half a block were faster.
-    constants |= dict(TOTAL=total, QUERIES=TOKENS // 2 if total <= 3 else TOKENS, AHEAD=total <= BLOCKS)
+    # The next head does not fit beside one of six blocks; with five it was not measured. Up to three, steps of half a block were
+    # faster.
+    constants |= dict(TOTAL=total, QUERIES=TOKENS // 2 if total <= 3 else TOKENS, AHEAD=total <= 4)
     outs = tuple(x for grads in gradients for x in grads)
     p = hopper_short_backward_plan(lengths(a), heads, min(heads, 2 * run.target.sms), outs, tuple(constants.items()))
     results = tuple(run(p, *a.q, *a.k, *a.v, *o, *do, *lse, *(dlse or lse)))
@@ -563,7 +565,7 @@ def hopper_backward(run, a, o, do, lse, dlse, gradients, static):
     rows = tuple(Spec((B, H, 2, x.shape[2]), x.dtype) for x in statistics_specs(a))
     first = delta_plan(lengths(a), rows, H, d, bool(dlse), False, queries, locks)
     *statistics, zeros = run(first, *o, *do, *lse, *(dlse or lse))
-    constants, _, _ = meta(run.target, a, "dkdv", **static)
+    constants, _, _ = meta(run.target, a, "fwd", **static)
     constants = picked(constants, "V_AT", "HEADS", "WIDTH", "SCALE") | gradient_scales(**static) | dict(QUERIES=queries)
     dq, dk, dv = gradients
     sums = tuple(Spec(x.shape, "float32") for x in dq)
