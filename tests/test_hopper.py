@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from cases import Case, Normal, Part, heads, key_masks, mask, projections
 from test_ops import assert_same_bits
-from test_plans import MEASURED, TARGETS, Ghost, Recorder, base_name, compiled, ghosts, tool
+from test_plans import MEASURED, TARGETS, Ghost, Recorder, base_name, compiled, ghosts, machine_code
 
 import mmattn
 from mmattn._gluon import INSTALLED, is_gluon
@@ -197,7 +197,20 @@ def test_the_backward_is_taken_where_it_is_faster(shape, kernels):
     assert names(ghosts(attention(*shape), "bfloat16"), TARGETS[90], backward) == kernels
 
 
-@pytest.mark.parametrize("scale, constant", [(None, False), (1.0, False), (None, True)], ids=["torch", "folded", "jax"])
+VARIANTS = pytest.mark.parametrize("scale, constant", [(None, False), (1.0, False), (None, True)], ids=["torch", "folded", "jax"])
+
+
+def compiled_as(launch, scale: float | None, constant: bool, wide: int = 0):
+    """The launch as torch makes it; with this scale, as on a folded q, and its first `wide` outputs in float32; or, where
+    lengths are constant, as JAX does."""
+    outs = tuple(spec._replace(dtype="float32") if scale == 1.0 and i < wide else spec for i, spec in enumerate(launch.plan.outs))
+    plan = dataclasses.replace(launch.plan, outs=outs, meta={**launch.plan.meta, "SCALE": scale or launch.plan.meta["SCALE"]})
+    if constant:
+        plan = dataclasses.replace(plan, ints={}, meta={**plan.meta, **plan.ints})
+    return compiled(launch._replace(plan=plan), 90)
+
+
+@VARIANTS
 @pytest.mark.parametrize(
     "shape",
     [
@@ -213,19 +226,14 @@ def test_the_backward_is_taken_where_it_is_faster(shape, kernels):
 def test_code(shape, scale, constant, any_size, tmp_path):
     """No register is spilled, and wgmma do not wait for one another: ptxas makes them where registers are short."""
     launch, _ = forward(ghosts(attention(*shape, static=dict(return_lse=True)), "bfloat16"), HOPPER)
-    plan = launch.plan
-    plan = dataclasses.replace(plan, meta={**plan.meta, "SCALE": scale or plan.meta["SCALE"]})
-    if constant:
-        plan = dataclasses.replace(plan, ints={}, meta={**plan.meta, **plan.ints})
-    kernel = compiled(launch._replace(plan=plan), 90)
+    kernel = compiled_as(launch, scale, constant)
     assert kernel.metadata.shared <= TARGETS[90].shared
-    (tmp_path / "kernel.cubin").write_bytes(kernel.asm["cubin"])
-    assert "STACK:0 " in tool("cuobjdump", "--dump-resource-usage", str(tmp_path / "kernel.cubin"))
-    instructions = tool("nvdisasm", "-c", str(tmp_path / "kernel.cubin"))
+    _, spilled, instructions = machine_code(kernel, tmp_path)
+    assert spilled == 0
     assert 0 < instructions.count("WARPGROUP.") < instructions.count("HGMMA.") / 2
 
 
-@pytest.mark.parametrize("scale, constant", [(None, False), (1.0, False), (None, True)], ids=["torch", "folded", "jax"])
+@VARIANTS
 @pytest.mark.parametrize(
     "shape",
     [(4, 8, 16, 4096), (4, 16, 32, 4096, 333), (4, 24, 64, 4096), (4, 24, 64, 4096, 333), (2, 24, 128, 4096, 512)],
@@ -237,17 +245,11 @@ def test_code_of_the_backward(shape, scale, constant, any_size, tmp_path):
     it, and a share, is made visible to them, and by all threads before one says that it is there (Triton puts the barrier in
     between); a share is read before its slot is given back, added before that is counted; locks are acquired and released."""
     launch = backward(ghosts(attention(*shape), "bfloat16"), HOPPER)[1]
-    plan, n = launch.plan, len(shape) - 3
-    outs = tuple(spec._replace(dtype="float32") if scale == 1.0 and i < 2 * n else spec for i, spec in enumerate(plan.outs))
-    plan = dataclasses.replace(plan, outs=outs, meta={**plan.meta, "SCALE": scale or plan.meta["SCALE"]})
-    if constant:
-        plan = dataclasses.replace(plan, ints={}, meta={**plan.meta, **plan.ints})
-    kernel = compiled(launch._replace(plan=plan), 90)
+    n = len(shape) - 3
+    kernel = compiled_as(launch, scale, constant, wide=2 * n)
     assert kernel.metadata.shared <= TARGETS[90].shared
-    (tmp_path / "kernel.cubin").write_bytes(kernel.asm["cubin"])
-    spilled = re.search(r"STACK:(\d+)", tool("cuobjdump", "--dump-resource-usage", str(tmp_path / "kernel.cubin")))
-    assert int(spilled[1]) <= SPILLED
-    instructions = tool("nvdisasm", "-c", str(tmp_path / "kernel.cubin"))
+    _, spilled, instructions = machine_code(kernel, tmp_path)
+    assert spilled <= SPILLED
     assert 0 < instructions.count("WARPGROUP.") < instructions.count("HGMMA.") / 2
     events = (
         r"st\.shared|stmatrix|fence\.proxy\.async\.(?:shared|global)|bar\.(?:warp\.)?sync|mbarrier\.arrive\.shared"
@@ -263,30 +265,23 @@ def test_code_of_the_backward(shape, scale, constant, any_size, tmp_path):
     assert counted(r"ld\.acquire\.gpu fence\.proxy\.async\.global") == counted(r"st\.release\.gpu") == 1
 
 
-@pytest.mark.parametrize("scale, constant", [(None, False), (1.0, False), (None, True)], ids=["torch", "folded", "jax"])
+@VARIANTS
 @pytest.mark.parametrize("lengths", [(128,), (186,), (1, 65), (186, 64), (300,), (186, 186)], ids=str)
 def test_code_of_the_short_backward(lengths, scale, constant, tmp_path):
     """Products do not wait for one another, and hardly a register is spilled. The barriers are there, which no result need show:
     of a head, before it is copied over another and before wgmma reads it, and of dS, before it is read and before the next one is
     written."""
     (launch,) = backward(ghosts(attention(128, 8, 16, *lengths), "bfloat16"), TARGETS[90])
-    plan, n = launch.plan, len(lengths)
-    outs = tuple(spec._replace(dtype="float32") if scale == 1.0 and i < 2 * n else spec for i, spec in enumerate(plan.outs))
-    plan = dataclasses.replace(plan, outs=outs, meta={**plan.meta, "SCALE": scale or plan.meta["SCALE"]})
-    if constant:
-        plan = dataclasses.replace(plan, ints={}, meta={**plan.meta, **plan.ints})
-    kernel = compiled(launch._replace(plan=plan), 90)
+    kernel = compiled_as(launch, scale, constant, wide=2 * len(lengths))
     assert 2 * (kernel.metadata.shared + 1024) <= TARGETS[90].shared + 1024  # of two programs; each takes 1 KB besides
-    (tmp_path / "kernel.cubin").write_bytes(kernel.asm["cubin"])
-    spilled = re.search(r"STACK:(\d+)", tool("cuobjdump", "--dump-resource-usage", str(tmp_path / "kernel.cubin")))
-    assert int(spilled[1]) <= SPILLED
-    instructions = tool("nvdisasm", "-c", str(tmp_path / "kernel.cubin"))
+    _, spilled, instructions = machine_code(kernel, tmp_path)
+    assert spilled <= SPILLED
     assert 0 < instructions.count("WARPGROUP.") < instructions.count("HGMMA.")
     events = r"cp\.async\.cg|async\.wait_group 0|fence\.proxy\.async|bar\.sync|wgmma\.mma_async|stmatrix|ldmatrix"
     text = " ".join(re.findall(events, re.sub(r"\s+", " ", kernel.asm["ptx"])))
     copied = text[: text.index("wgmma", text.index("wgmma") + 1)]  # what the second product reads is the first that was stored
     assert re.search(r"async\.wait_group 0 bar\.sync .*fence\.proxy\.async .*bar\.sync", copied)
-    assert plan.meta["AHEAD"] or text.startswith("bar.sync cp.async.cg")  # the head before has been read
+    assert launch.plan.meta["AHEAD"] or text.startswith("bar.sync cp.async.cg")  # the head before has been read
     assert "fence" not in text[text.index("stmatrix") :]
     products = r"(?:wgmma\.mma_async )*"
     blocks = sum(-(-length // 64) for length in lengths)
@@ -298,9 +293,9 @@ def test_code_of_the_short_backward(lengths, scale, constant, tmp_path):
 def test_code_of_the_repair(shape, any_size, tmp_path):
     _, launch = forward(ghosts(attention(*shape, static=dict(return_lse=True)), "bfloat16"), HOPPER)
     kernel = compiled(launch, 90)
-    (tmp_path / "kernel.cubin").write_bytes(kernel.asm["cubin"])
-    assert not MEASURED or "STACK:0 " in tool("cuobjdump", "--dump-resource-usage", str(tmp_path / "kernel.cubin"))
-    assert "HGMMA" in tool("nvdisasm", "-c", str(tmp_path / "kernel.cubin"))
+    _, spilled, instructions = machine_code(kernel, tmp_path)
+    assert not MEASURED or spilled == 0
+    assert "HGMMA" in instructions
 
 
 def wide(x) -> np.ndarray:

@@ -230,16 +230,22 @@ def tool(name: str, *args) -> str:
     return subprocess.run([getattr(triton.knobs.nvidia, name).path, *args], capture_output=True, text=True, check=True).stdout
 
 
+def machine_code(kernel, folder) -> tuple[str, int, str]:
+    """Registers, bytes spilled and instructions of a compiled kernel."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", tool("cuobjdump", "--dump-resource-usage", str(cubin)))
+    return usage[1], int(usage[2]), tool("nvdisasm", "-c", "--no-dataflow", str(cubin))
+
+
 @pytest.mark.parametrize("launch, arch", list(representatives()))
 def test_compiles_well(launch, arch, tmp_path):
     kernel = compiled(launch, arch)
     name = base_name(launch.plan)
     assert kernel.metadata.shared <= TARGETS[arch].shared
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(kernel.asm["cubin"])
-    usage = re.search(r"REG:(\d+) STACK:(\d+)", tool("cuobjdump", "--dump-resource-usage", str(cubin)))
-    assert not MEASURED or int(usage[2]) <= SPILLS[arch].get(name, 0), f"{usage[1]} registers, {usage[2]} bytes spilled"
-    instructions = set(re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA|LDG[\w.]*)", tool("nvdisasm", "-c", "--no-dataflow", str(cubin))))
+    registers, spilled, code = machine_code(kernel, tmp_path)
+    assert not MEASURED or spilled <= SPILLS[arch].get(name, 0), f"{registers} registers, {spilled} bytes spilled"
+    instructions = set(re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA|LDG[\w.]*)", code))
     if re.search(r"(tt\.dot|warp_group_dot) .*bf16", kernel.asm.get("ttir") or kernel.asm["ttgir"]):
         # Two warps and the warp's own HMMA serve narrow heads better than four warps and wgmma.
         wanted = TENSOR_CORES[arch] if name.startswith("joint_attention") and launch.plan.warps >= 4 else "MMA"

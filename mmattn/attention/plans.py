@@ -101,7 +101,7 @@ def rule(kind: str, cols: int, dtype: str, keys: int, masked: bool) -> tuple[dic
 def configuration(target: Target, a, kind: str, causal: bool, precision: str) -> tuple[dict[str, int], int, int]:
     """Tile, warps and stages of a kernel: "fwd", with a running maximum, "unshifted", "single", "dq" or "dkdv"."""
     d, dtype, keys = a.q[0].shape[3], spec(a.v[0]).dtype, sum(lengths(a))
-    masked = a.attn_mask is not None or causal or (kind == "unshifted" and any(m is not None for m in a.key_masks))
+    masked = a.attn_mask is not None or causal or (kind == "unshifted" and has_key_masks(a))
     cols = columns(target, kind, d, dtype, masked)
     if kind == "fwd" or (dtype == "float32" and kind != "unshifted"):
         return tiles(kind, cols, dtype, precision)
@@ -204,6 +204,17 @@ def delta_plan(
     )
 
 
+@cache
+def walking_plan(
+    kernel, lengths: tuple[int, ...], B: int, programs: int, outs: tuple[Spec, ...], constants: tuple,
+    warps: int = 4, stages: int = 1, aliases: tuple[tuple[int, int], ...] = (),
+) -> Plan:  # fmt: skip
+    """A launch of programs that walk the heads of B samples, or tiles of them."""
+    n = len(lengths)
+    ints = integers(LENGTHS=lengths, SAMPLES=(B,) * n)
+    return Plan(over_streams(kernel, n), (programs,), outs, ints, dict(constants), warps, stages, dict(aliases))
+
+
 def statistics_specs(a) -> tuple[Spec, ...]:
     """Two numbers for each row that the backward computes first."""
     B, _, H, _ = a.q[0].shape
@@ -217,6 +228,10 @@ def heads_per_key(a) -> int:
 
 def lengths(a) -> tuple[int, ...]:
     return tuple(q.shape[1] for q in a.q)
+
+
+def has_key_masks(a) -> bool:
+    return any(m is not None for m in a.key_masks)
 
 
 def key_mask_inputs(a) -> tuple:
@@ -315,7 +330,7 @@ def short_forward(run, a, *, return_lse: bool, precision: str, **static):
     n, unused = len(a.q), ("CAUSAL", "MASKED", "EXACT", "QUERIES")
     constants, _, _ = meta(run.target, a, "fwd", precision=precision, LOGS=return_lse, **static)
     # What takes most registers is the way with a running maximum, with masks the more: how many programs run at once hangs on it.
-    keys = 16 if any(m is not None for m in a.key_masks) else 32
+    keys = 16 if has_key_masks(a) else 32
     constants = {name: x for name, x in constants.items() if name not in unused} | blocks_of(a) | dict(TOKENS=TOKENS, KEYS=keys)
     outs = forward_specs(a, return_lse, precision)
     p = plan(joint_attention_short_fwd_body, lengths(a), B * H, None, outs, tuple(constants.items()), 4, 1)
@@ -330,15 +345,23 @@ def forward_specs(a, return_lse: bool, precision: str) -> tuple[Spec, ...]:
 WORTHWHILE = 48  # blocks of keys for each multiprocessor to walk, below which the kernel for Hopper gains nothing
 
 
-def for_hopper(target: Target, a, causal: bool) -> bool:
-    """Whether a call is one that the kernels for Hopper know, with arrays that their loads can address."""
-    if not (target.gluon and target.arch == 90) or a.attn_mask is not None or causal or any(m is not None for m in a.key_masks):
+def is_loadable(target: Target, a, *others) -> bool:
+    """Whether there is Gluon for Hopper, and it can load q, k, v and the others: bfloat16, rows of whole pieces of 16 bytes."""
+    return (
+        target.gluon
+        and target.arch == 90
+        and all(spec(x).dtype == "bfloat16" for x in (a.q[0], a.k[0], a.v[0]))
+        and all(aligned(x, 3 if len(x.shape) == 5 else 2) for x in (*a.q, *a.k, *a.v, *others))
+    )
+
+
+def for_hopper(target: Target, a, causal: bool, *others) -> bool:
+    """Whether a call is one that the kernels for long sequences on Hopper know; others: what they load besides q, k and v."""
+    if a.attn_mask is not None or causal or has_key_masks(a):
         return False
     if len(a.q) > 2 or heads_per_key(a) > 1 or a.q[0].shape[0] == 0 or min(lengths(a)) < 128:
         return False
-    return all(spec(x).dtype == "bfloat16" for x in (a.q[0], a.k[0], a.v[0])) and all(
-        aligned(x, 3 if len(x.shape) == 5 else 2) for x in (*a.q, *a.k, *a.v)
-    )
+    return is_loadable(target, a, *others)
 
 
 def on_hopper(target: Target, a, causal: bool) -> bool:
@@ -373,27 +396,21 @@ def picked(constants: dict, *names: str) -> dict:
 
 def hopper_forward(run, a, *, return_lse: bool, precision: str, **static):
     """attention_forward in two launches, the second of which repairs what the first found out of range."""
-    n, d = len(a.q), a.q[0].shape[3]
+    B, _, H, d = a.q[0].shape
+    n = len(a.q)
     constants, _, _ = meta(run.target, a, "fwd", precision=precision, LOGS=return_lse, **static)
     outs = forward_specs(a, return_lse, precision)
     shared = tuple(picked(constants, "V_AT", "HEADS", "WIDTH", "SCALE", "LOGS").items())
-    first = hopper_plan(lengths(a), a.q[0].shape[0], run.target.sms, outs, (*shared, ("KEYS", hopper_keys(d))))
+    programs = min(run.target.sms, hopper_tiles(lengths(a), B * H))
+    first = walking_plan(joint_attention_hopper_body, lengths(a), B, programs, outs, (*shared, ("KEYS", hopper_keys(d))))
     results = tuple(run(first, *a.q, *a.k, *a.v))
     reach = 64  # queries of a program: enough programs for the GPU, few enough that most have nothing to do at little cost
-    while reach < 512 and reach < a.q[0].shape[0] * a.q[0].shape[2] * sum(lengths(a)) // (4 * run.target.sms):
+    while reach < 512 and reach < B * H * sum(lengths(a)) // (4 * run.target.sms):
         reach *= 2
     tile = dict(REACH=reach, QUERIES=64, KEYS=32, COLS=d)
     repair = repair_plan(lengths(a), outs, (*shared, *tile.items()))
     results = tuple(run(repair, *a.q, *a.k, *a.v, *results))
     return (results[:n] + results[2 * n :] if return_lse else results[:n]), results[n : 2 * n]
-
-
-@cache
-def hopper_plan(lengths: tuple[int, ...], B: int, sms: int, outs: tuple[Spec, ...], constants: tuple) -> Plan:
-    constants, n = dict(constants), len(lengths)
-    tiles = hopper_tiles(lengths, B * constants["HEADS"])
-    ints = integers(LENGTHS=lengths, SAMPLES=(B,) * n)
-    return Plan(over_streams(joint_attention_hopper_body, n), (min(tiles, sms),), outs, ints, constants, warps=4)
 
 
 @cache
@@ -444,7 +461,8 @@ def gradient_scales(scale: float, folded: bool = False, **_) -> dict[str, float]
 
 
 def single_pass(run, a, o, do, lse, dlse, gradients, static):
-    heads, n = a.q[0].shape[0] * a.q[0].shape[2], len(a.q)
+    B, _, H, _ = a.q[0].shape
+    heads, n = B * H, len(a.q)
     unused = ("GROUP", "CAUSAL", "MASKED", "PRECISION", "EXACT")
     scales = gradient_scales(**static)
     constants, warps, stages = meta(run.target, a, "single", SHIFTED=bool(dlse), **scales, **static)
@@ -452,7 +470,7 @@ def single_pass(run, a, o, do, lse, dlse, gradients, static):
     # Masks are not loaded ahead; heads with columns to spare take so few registers that more programs serve them better; and
     # on other architectures straight code spills.
     spare = a.q[0].shape[3] + 3 <= constants["COLS"]
-    loop = run.target.arch != 90 or not fits(a) or spare or any(m is not None for m in a.key_masks)
+    loop = run.target.arch != 90 or not fits(a) or spare or has_key_masks(a)
     loop |= constants["KEYS"] != TOKENS
     blocks = blocks_of(a)
     constants |= blocks | dict(LOOP=loop)
@@ -461,36 +479,24 @@ def single_pass(run, a, o, do, lse, dlse, gradients, static):
         programs = heads
     else:
         programs, stages = min(heads, run.target.sms * (2 if sum(blocks.values()) > 1 else 4)), 2  # as many as registers let run
-    p = single_plan(lengths(a), heads, programs, outs, tuple(constants.items()), warps, stages)
+    p = walking_plan(joint_attention_bwd_body, lengths(a), B, programs, outs, tuple(constants.items()), warps, stages)
     results = tuple(run(p, *a.q, *a.k, *a.v, *key_mask_inputs(a), *o, *do, *lse, *(dlse or lse)))
     return results[:n], results[n : 2 * n], results[2 * n :]
-
-
-@cache
-def single_plan(
-    lengths: tuple[int, ...], heads: int, programs: int, outs: tuple[Spec, ...], constants: tuple, warps: int, stages: int
-) -> Plan:
-    constants, n = dict(constants), len(lengths)
-    ints = integers(LENGTHS=lengths, SAMPLES=(heads // constants["HEADS"],) * n)
-    return Plan(over_streams(joint_attention_bwd_body, n), (programs,), outs, ints, constants, warps=warps, stages=stages)
 
 
 def short_backward_on_hopper(target: Target, a, o, do) -> bool:
     """Whether a backward in one pass takes the kernel for Hopper: it was faster from two blocks a head on (docs/facts.md). Fewer
     heads than multiprocessors were not measured."""
     B, _, H, d = a.q[0].shape
-    if not (target.gluon and target.arch == 90) or any(m is not None for m in a.key_masks):
+    if d != 16 or target.sms > B * H or sum(blocks_of(a).values()) <= 1 or has_key_masks(a):
         return False
-    if d != 16 or target.sms > B * H or sum(blocks_of(a).values()) <= 1:
-        return False
-    return all(spec(x).dtype == "bfloat16" for x in (a.q[0], a.k[0], a.v[0])) and all(
-        aligned(x, 3 if len(x.shape) == 5 else 2) for x in (*a.q, *a.k, *a.v, *o, *do)
-    )
+    return is_loadable(target, a, *o, *do)
 
 
 def hopper_short_backward(run, a, o, do, lse, dlse, gradients, static):
     """attention_backward in one launch, of which a multiprocessor holds two programs, that walk heads."""
-    heads, n = a.q[0].shape[0] * a.q[0].shape[2], len(a.q)
+    B, _, H, _ = a.q[0].shape
+    n = len(a.q)
     blocks = blocks_of(a)
     total = sum(blocks.values())
     constants, _, _ = meta(run.target, a, "fwd", SHIFTED=bool(dlse), **static)
@@ -499,18 +505,10 @@ def hopper_short_backward(run, a, o, do, lse, dlse, gradients, static):
     # faster.
     constants |= dict(TOTAL=total, QUERIES=TOKENS // 2 if total <= 3 else TOKENS, AHEAD=total <= 4)
     outs = tuple(x for grads in gradients for x in grads)
-    p = hopper_short_backward_plan(lengths(a), heads, min(heads, 2 * run.target.sms), outs, tuple(constants.items()))
+    programs = min(B * H, 2 * run.target.sms)
+    p = walking_plan(joint_attention_hopper_short_bwd_body, lengths(a), B, programs, outs, tuple(constants.items()))
     results = tuple(run(p, *a.q, *a.k, *a.v, *o, *do, *lse, *(dlse or lse)))
     return results[:n], results[n : 2 * n], results[2 * n :]
-
-
-@cache
-def hopper_short_backward_plan(
-    lengths: tuple[int, ...], heads: int, programs: int, outs: tuple[Spec, ...], constants: tuple
-) -> Plan:
-    constants, n = dict(constants), len(lengths)
-    ints = integers(LENGTHS=lengths, SAMPLES=(heads // constants["HEADS"],) * n)
-    return Plan(over_streams(joint_attention_hopper_short_bwd_body, n), (programs,), outs, ints, constants, warps=4)
 
 
 def two_passes(run, a, masks, o, do, lse, dlse, gradients, static):
@@ -545,7 +543,7 @@ def hopper_queries(d: int) -> int:
 def backward_on_hopper(target: Target, a, do, causal: bool) -> bool:
     """Whether the backward takes the kernel for Hopper."""
     B, _, H, d = a.q[0].shape
-    if d not in (16, 32, 64, 128) or not for_hopper(target, a, causal) or not all(aligned(x, 2) for x in do):
+    if d not in (16, 32, 64, 128) or not for_hopper(target, a, causal, *do):
         return False
     return backward_is_worthwhile(target, lengths(a), B * H)
 
@@ -569,19 +567,12 @@ def hopper_backward(run, a, o, do, lse, dlse, gradients, static):
     constants = picked(constants, "V_AT", "HEADS", "WIDTH", "SCALE") | gradient_scales(**static) | dict(QUERIES=queries)
     dq, dk, dv = gradients
     sums = tuple(Spec(x.shape, "float32") for x in dq)
-    p = hopper_backward_plan(lengths(a), B, run.target.sms, (*sums, *dk, *dv, locks), tuple(constants.items()))
+    outs, aliases = (*sums, *dk, *dv, locks), ((3 * n, 5 * n),)
+    programs = min(run.target.sms, B * H * sum(cdiv(L, KEYS.value) for L in lengths(a)))
+    p = walking_plan(joint_attention_hopper_bwd_body, lengths(a), B, programs, outs, tuple(constants.items()), aliases=aliases)
     results = tuple(run(p, *a.q, *a.k, *a.v, *do, *statistics, zeros))
     summed, dk, dv = results[:n], results[n : 2 * n], results[2 * n : 3 * n]
     return summed if dq[0].dtype == "float32" else tuple(run(round_plan(lengths(a), dq), *summed)), dk, dv
-
-
-@cache
-def hopper_backward_plan(lengths: tuple[int, ...], B: int, sms: int, outs: tuple[Spec, ...], constants: tuple) -> Plan:
-    constants, n = dict(constants), len(lengths)
-    tiles = B * constants["HEADS"] * sum(cdiv(L, KEYS.value) for L in lengths)
-    ints = integers(LENGTHS=lengths, SAMPLES=(B,) * n)
-    kernel = over_streams(joint_attention_hopper_bwd_body, n)
-    return Plan(kernel, (min(tiles, sms),), outs, ints, constants, warps=4, aliases={3 * n: 5 * n})
 
 
 @cache

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from .._triton import tl, triton
 from .forward import LN2, gather, load_all_keys, outputs_of, shifted_softmax, sums_in_range
-from .tokens import kept, load_head, piece_of, stream_of, zero_head
+from .tokens import kept, load_queries, piece_of, stream_of, zero_head
 
 
 @triton.jit
@@ -20,9 +20,7 @@ def queries_of(
     """Token numbers, which of them count, and q of a block of all streams' tokens. q does not wait for the mask."""
     _, q_ptr, length, stride, first = stream_of(block, q_ptrs, LENGTHS, Q_STRIDES_, TOKENS)
     _, mask_ptr, _, masked, _ = stream_of(block, key_mask_ptrs, LENGTHS, KEY_MASKS_, TOKENS)
-    query = first + tl.arange(0, TOKENS)
-    q = load_head(q_ptr + head * WIDTH, batch, query, length, stride, query < length, dtype, WIDTH, COLS, False)
-    keep = query < length
+    query, keep, q = load_queries(q_ptr + head * WIDTH, mask_ptr, batch, first, length, stride, False, dtype, WIDTH, TOKENS, COLS)
     if masked:
         keep = kept(mask_ptr, batch, query, length, True)
     return query, keep, q
