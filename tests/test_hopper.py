@@ -14,7 +14,7 @@ import frameworks
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import Case, Normal, Part, heads, key_masks, mask, projections
+from cases import Case, Normal, Part, heads, key_masks, mask, projections, scattered
 from test_ops import assert_same_bits
 from test_plans import MEASURED, TARGETS, Ghost, Recorder, base_name, compiled, ghosts, tool
 
@@ -106,7 +106,7 @@ def test_which_calls_take_it(case, dtype, target, kernels, any_size):
         (attention(2, 3, 8, 186), HOPPER, ONE_PASS),
         (attention(2, 3, 16, 186), Target(), ONE_PASS),
         (attention(2, 3, 16, 186), Target(sms=7, gluon=True), ONE_PASS),
-        (attention(2, 3, 16, 186, **key_masks((186,), ((1, 2),))), HOPPER, ONE_PASS),
+        (attention(2, 3, 16, 186, **key_masks((186,), ((1, 2),))), HOPPER, SHORT_BACKWARD),
         (attention(2, 3, 48, 333, 154), HOPPER, PLAIN_BACKWARD),
         (attention(2, 3, 64, 333, 100), HOPPER, PLAIN_BACKWARD),
         (attention(2, 3, 64, 333, static=dict(causal=True)), HOPPER, PLAIN_BACKWARD),
@@ -262,10 +262,13 @@ def test_code_of_the_backward(shape, scale, constant, any_size, tmp_path):
 
 @pytest.mark.parametrize("scale, constant", [(None, False), (1.0, False), (None, True)], ids=["torch", "folded", "jax"])
 @pytest.mark.parametrize("lengths", [(128,), (186,), (1, 65), (186, 64), (300,), (186, 186)], ids=str)
-def test_code_of_the_short_backward(lengths, scale, constant, tmp_path):
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+def test_code_of_the_short_backward(lengths, scale, constant, masked, tmp_path):
     """Products do not wait for one another, and hardly a register is spilled. The barriers are there, which no result need show:
-    of a head that has been copied, before wgmma reads it, and of dS, before it is read and before the next one is written."""
-    (launch,) = backward(ghosts(attention(128, 8, 16, *lengths), "bfloat16"), TARGETS[90])
+    of a head, before it is copied over another and before wgmma reads it, and of dS, before it is read and before the next one is
+    written."""
+    masks = key_masks(lengths, ((1,) * 128,) * len(lengths)) if masked else {}
+    (launch,) = backward(ghosts(attention(128, 8, 16, *lengths, **masks), "bfloat16"), TARGETS[90])
     plan, n = launch.plan, len(lengths)
     outs = tuple(spec._replace(dtype="float32") if scale == 1.0 and i < 2 * n else spec for i, spec in enumerate(plan.outs))
     plan = dataclasses.replace(plan, outs=outs, meta={**plan.meta, "SCALE": scale or plan.meta["SCALE"]})
@@ -278,10 +281,11 @@ def test_code_of_the_short_backward(lengths, scale, constant, tmp_path):
     assert int(spilled[1]) <= SPILLED
     instructions = tool("nvdisasm", "-c", str(tmp_path / "kernel.cubin"))
     assert 0 < instructions.count("WARPGROUP.") < instructions.count("HGMMA.")
-    events = r"async\.wait_group 0|fence\.proxy\.async|bar\.sync|wgmma\.mma_async|stmatrix|ldmatrix"
+    events = r"cp\.async\.cg|async\.wait_group 0|fence\.proxy\.async|bar\.sync|wgmma\.mma_async|stmatrix|ldmatrix"
     text = " ".join(re.findall(events, re.sub(r"\s+", " ", kernel.asm["ptx"])))
     copied = text[: text.index("wgmma", text.index("wgmma") + 1)]  # what the second product reads is the first that was stored
     assert re.search(r"async\.wait_group 0 bar\.sync .*fence\.proxy\.async .*bar\.sync", copied)
+    assert plan.meta["AHEAD"] or text.startswith("bar.sync cp.async.cg")  # the head before has been read
     assert "fence" not in text[text.index("stmatrix") :]
     products = r"(?:wgmma\.mma_async )*"
     blocks = sum(-(-length // 64) for length in lengths)
@@ -466,6 +470,9 @@ def test_frameworks_agree_to_the_bit(case, launched):
         joint("300", heads(40, 8, 16, 300), scale=1e-5),
         joint("186-186", heads(40, 8, 16, 186, 186), return_lse=True),
         joint("views", packed(17, 8, 16, 186, 64)),
+        joint("padded", heads(17, 8, 16, 186, 64) | key_masks((186, 64), (range(17, 186, 10), ())), return_lse=True),
+        joint("holes", heads(40, 8, 16, 300) | scattered(40, 300)),
+        joint("holes-186-186", heads(17, 8, 16, 186, 186) | scattered(17, 186, 186)),
         joint("very-low-logits", very_low(17, 8, 16, 186, 37)),
         fused("packed-16", projections(17, 8, 16, 186, 64, over="head")),
     ],

@@ -478,7 +478,7 @@ def single_plan(
 def short_backward_on_hopper(target: Target, a, o, do) -> bool:
     """Whether a backward in one pass takes the kernel for Hopper: it was faster from two blocks a head on (docs/facts.md)."""
     B, _, H, d = a.q[0].shape
-    if not (target.gluon and target.arch == 90) or any(m is not None for m in a.key_masks):
+    if not (target.gluon and target.arch == 90):
         return False
     if d != 16 or target.sms > B * H or sum(blocks_of(a).values()) == 1:
         return False
@@ -493,12 +493,17 @@ def hopper_short_backward(run, a, o, do, lse, dlse, gradients, static):
     blocks = blocks_of(a)
     total = sum(blocks.values())
     constants, _, _ = meta(run.target, a, "single", SHIFTED=bool(dlse), **static)
-    constants = picked(constants, "V_AT", "HEADS", "SCALE", "SHIFTED") | gradient_scales(**static) | blocks
+    constants = (
+        picked(constants, "V_AT", "HEADS", "SCALE", "SHIFTED", *(f"KEY_MASK{i}" for i in range(n)))
+        | gradient_scales(**static)
+        | blocks
+    )
     # The next head does not fit beside one of more than four blocks. Up to three, steps of half a block were faster.
-    constants |= dict(TOTAL=total, QUERIES=TOKENS // 2 if total <= 3 else TOKENS, AHEAD=total <= BLOCKS)
+    masked = any(m is not None for m in a.key_masks)
+    constants |= dict(TOTAL=total, MASKED=masked, QUERIES=TOKENS // 2 if total <= 3 else TOKENS, AHEAD=total <= BLOCKS)
     outs = tuple(x for grads in gradients for x in grads)
     p = hopper_short_backward_plan(lengths(a), heads, min(heads, 2 * run.target.sms), outs, tuple(constants.items()))
-    results = tuple(run(p, *a.q, *a.k, *a.v, *o, *do, *lse, *(dlse or lse)))
+    results = tuple(run(p, *a.q, *a.k, *a.v, *key_mask_inputs(a), *o, *do, *lse, *(dlse or lse)))
     return results[:n], results[n : 2 * n], results[2 * n :]
 
 
