@@ -277,6 +277,12 @@ def distance(x: np.ndarray, exact: np.ndarray, norm) -> float:
     return error / size if size else np.inf if error else 0.0
 
 
+def sums_rounded(case: Case) -> bool:
+    """Whether the kernel sums the rounded P of unshifted rows (see mmattn/attention/forward.py)."""
+    _, first = next(iter(walk(case.operands)))
+    return first.shape[-1] <= 32 and "attn_mask" not in case.operands
+
+
 NORMS = dict(l2=lambda x: np.linalg.norm(x.ravel()), max=lambda x: np.abs(x).max(initial=0.0))
 ROUNDS_WITHIN = ("gated_residual_norm_adaln",)  # the norm is that of the rounded sum
 SOFTMAX = ("joint_attention", "qk_norm_rope_attention")
@@ -290,7 +296,7 @@ def check(case: Case, dtype: str, result: Result) -> None:
     a few dozen sums over all tokens, and are judged as the norm's own are. Where the op rounds what it goes on with, every
     result is as fine as dtype, whatever dtype it has.
 
-    A log-sum-exp is off by half an ulp of P at most, and by that much where one key outweighs the others: the formula, which
+    A log-sum-exp of rounded P may be off by half an ulp of it, and is where one key outweighs the others: the formula, which
     shifts a row so that its largest P is 1, rounds that one by nothing.
     """
     shared = {f"d{name}" for name in shared_names(case)}
@@ -303,7 +309,7 @@ def check(case: Case, dtype: str, result: Result) -> None:
             norm = NORMS[norm_name]
             error = distance(x, exact.values[name], norm)
             budget = 2 * distance(rounded(plain.values[name], kind), exact.values[name], norm) + EPS[kind] / 2
-            if case.static.get("return_lse") and name.startswith("out[1]") and norm_name == "max":
+            if case.static.get("return_lse") and name.startswith("out[1]") and norm_name == "max" and sums_rounded(case):
                 largest = norm(finite(exact.values[name]))
                 budget = max(budget, EPS[dtype] / 2 / largest if largest else 0.0)
             assert error <= budget < 1, f"{case} {dtype} {name}: {norm_name} error {error:.3g}, budget {budget:.3g}"

@@ -103,6 +103,9 @@ def test_which_calls_take_it(case, dtype, target, kernels, any_size):
         (attention(2, 3, 16, 1, 65, static=dict(return_lse=True)), HOPPER, SHORT_BACKWARD),
         (attention(2, 3, 16, 186, 186), HOPPER, SHORT_BACKWARD),
         (attention(2, 3, 16, 64), HOPPER, ONE_PASS),
+        (attention(2, 3, 16, 0), HOPPER, ONE_PASS),
+        (attention(2, 4, 16, 186, **{name: heads(2, 2, 16, 186)[name] for name in "kv"}), HOPPER, PLAIN_BACKWARD),
+        (attention(2, 3, 16, 186, q=(Normal((2, 186, 3, 16), dtype="float32"),)), HOPPER, ONE_PASS),
         (attention(2, 3, 8, 186), HOPPER, ONE_PASS),
         (attention(2, 3, 16, 186), Target(), ONE_PASS),
         (attention(2, 3, 16, 186), Target(sms=7, gluon=True), ONE_PASS),
@@ -420,8 +423,8 @@ def launched(kernels, any_size, monkeypatch) -> list[str]:
             def either(plan, operands, outs):
                 names.append(base_name(plan))
                 with np.errstate(all="ignore"):
-                    stands_in = backward_stand_in if base_name(plan) in BACKWARD else stand_in
-                    (stands_in if is_gluon(plan.kernel) else launch)(plan, operands, outs)
+                    stands_in = {TAKEN[0]: stand_in, BACKWARD[1]: backward_stand_in}
+                    (stands_in[base_name(plan)] if is_gluon(plan.kernel) else launch)(plan, operands, outs)
 
             return either
 
@@ -470,6 +473,7 @@ PADDED = (tuple(range(17, 186, 10)), ())  # tokens of 17 samples, in two streams
         joint("65-1", heads(17, 8, 16, 65, 1)),
         joint("37-100", heads(17, 8, 16, 37, 100), return_lse=True),
         joint("37-64-65", heads(17, 8, 16, 37, 64, 65)),
+        joint("0-130", heads(17, 8, 16, 0, 130)),
         joint("300", heads(40, 8, 16, 300), scale=1e-5),
         joint("186-186", heads(40, 8, 16, 186, 186), return_lse=True),
         joint("views", packed(17, 8, 16, 186, 64)),
@@ -478,6 +482,7 @@ PADDED = (tuple(range(17, 186, 10)), ())  # tokens of 17 samples, in two streams
         joint("holes-186-186", heads(17, 8, 16, 186, 186) | scattered(17, 186, 186)),
         joint("very-low-logits", very_low(17, 8, 16, 186, 37)),
         fused("packed-16", projections(17, 8, 16, 186, 64, over="head")),
+        fused("packed-16-186", projections(17, 8, 16, 186, 186, over="head")),
     ],
     ids=str,
 )

@@ -5,8 +5,8 @@ is half of the work. Between normalised q and k scores are bounded (Cauchy-Schwa
 over d with unit gains have norm sqrt(d)), 2^16 = 2^(128^0.5 log2(e)) is the largest exponential there is at d = 128, and no
 shift is needed. Whether it was needed, the unshifted row shows by itself: its sum r = sum_j 2^s_j tells overflow and
 underflow apart from the rest. So a block of queries is computed without a shift; if a row's r or output is out of range, the
-program computes its block once more with a running maximum. Nothing need be known of q and k, no bound is computed, and
-the choice is made on the device, per head and block.
+program computes its block once more with a running maximum (`short`: all blocks of the head). Nothing need be known of q and k,
+no bound is computed, and the choice is made on the device.
 
 Proof that a row in range is as exact as a shifted one. Let n be the number of keys, u the smallest number P holds.
 - No 2^s_j <= r overflowed, as r <= 2^64; no partial sum of P v did, as the output is finite before its division.
@@ -15,8 +15,8 @@ Proof that a row in range is as exact as a shifted one. Let n be the number of k
 - A key that does not count is read as k = v = 0: it puts 2^0 = 1 into the sum and nothing into the output, and no score need be
   masked. Those ones are subtracted from r; where they are at most 256 r, the sum's rounding grows to 257 times 2^-24 of r.
 - Every other rounding is relative to its term, shifted or not. A shifted row's largest exponential is 1 and rounded by nothing,
-  here it is rounded as all others are: the log-sum-exp may be off by half an ulp of P. The output is not: P v and the sum of P
-  are sums of the same rounded P.
+  here it is rounded as all others are, which shows where it outweighs them: in the log-sum-exp, by half an ulp of P, where the
+  tensor cores sum the rows; in the output where threads do, since P v is a sum of rounded P.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 What a score needs of its row rides along in columns, as there. Triton waits for every product as soon as it has been issued;
 here, while a step takes exponentials, the products of the step before it are still running, and its own scores were among
-them. A program walks heads and copies the next one to shared memory meanwhile. Blocks of keys are a loop, since code that is
-straight for all of a head is slower than waiting at the end of each; dq of all blocks of queries stays in registers, dk and dv
-of one block of keys.
+them. A program walks heads and, where there is room, copies the next one to shared memory meanwhile. Blocks of keys are a loop,
+since code that is straight for all of a head is slower than waiting at the end of each; dq of all blocks of queries stays in
+registers, dk and dv of one block of keys.
 
 dS, which has keys in its rows, is the left operand of dk as it is, and of dq transposed: for that it goes through shared memory
 and comes back to registers. wgmma could read it there, but a fence for it takes longer than a barrier of four warps.
@@ -105,7 +105,7 @@ def fetch(
             start = (batch * HEADS + head) * LENGTHS[i]
             lse = lse + (gl.load(lse_ptrs[i] + start + row, mask=keep, other=float("-inf")),)
             if SHIFTED:
-                dlse = dlse + (gl.load(dlse_ptrs[i] + start + row, mask=keep, other=0.0),)
+                dlse = dlse + (gl.load(dlse_ptrs[i] + line + row, mask=keep, other=0.0),)
     commit_copies()
     return lse, dlse
 
@@ -124,7 +124,7 @@ def queries_of(tiles, at, step: gl.constexpr, QUERIES: gl.constexpr):
 
 
 @gluon.jit
-def start(x, ones, y, rows):
+def start_scores(x, ones, y, rows):
     """Start x y^T plus what the columns of `rows` are the parts of [keys, queries]."""
     QUERIES: gl.constexpr = y.shape[0]
     nothing = gl.zeros([ROWS, QUERIES], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUERIES, 16]))
@@ -142,7 +142,7 @@ def replaced(xs, at: gl.constexpr, x):
 
 
 @gluon.jit
-def place(block, ptrs, LENGTHS, BLOCKS_):
+def stream_of(block, ptrs, LENGTHS, BLOCKS_):
     """Of the stream that has the block of this number: its pointer and length, and the block's first token."""
     ptr = ptrs[0]
     length = gl.to_tensor(LENGTHS[0])
@@ -160,7 +160,7 @@ def place(block, ptrs, LENGTHS, BLOCKS_):
 @gluon.jit
 def store_tokens(block, x, batch, head, ptrs, LENGTHS, HEADS: gl.constexpr, BLOCKS_):
     """Store a block of 64 tokens of a head."""
-    ptr, length, first = place(block, ptrs, LENGTHS, BLOCKS_)
+    ptr, length, first = stream_of(block, ptrs, LENGTHS, BLOCKS_)
     token = first + gl.arange(0, ROWS, gl.SliceLayout(1, HEAD))
     cols = gl.arange(0, WIDTH, gl.SliceLayout(0, HEAD))
     at = ptr + batch * length * (HEADS * WIDTH) + head * WIDTH
@@ -216,8 +216,8 @@ def key_block(j, s, dp, dq, keys, slot, smem, SCALE: gl.constexpr, QUERIES: gl.c
             if QUERIES < ROWS:
                 ds = gl.join(before[step - 1], ds).permute([0, 2, 1]).reshape([ROWS, ROWS])
             there.store(gl.convert_layout(ds, SQUARE))
-        scores = start(k, shift_ones, next_q, next_rows)
-        dp = start(v, delta_ones, next_do, next_rows)
+        scores = start_scores(k, shift_ones, next_q, next_rows)
+        dp = start_scores(v, delta_ones, next_do, next_rows)
         if (step + 1) * QUERIES % ROWS == 0:
             right = there.permute([1, 0]).load(LEFT)
             s = warpgroup_mma_wait(2, [scores])
@@ -244,8 +244,8 @@ def gradients(
     at = z + slot * N
     keys = keys_of(k_smem.index(at), v_smem.index(at), real_smem.index(at), QUERIES)
     rows = queries_of(rows_smem, z, 0, QUERIES)
-    s = start(keys[0], keys[2], queries_of(q_smem, at, 0, QUERIES), rows)
-    dp = start(keys[1], keys[3], queries_of(do_smem, at, 0, QUERIES), rows)
+    s = start_scores(keys[0], keys[2], queries_of(q_smem, at, 0, QUERIES), rows)
+    dp = start_scores(keys[1], keys[3], queries_of(do_smem, at, 0, QUERIES), rows)
     s, dp = warpgroup_mma_wait(0, [s, dp])
     for j in range(N):
         s, dp, dk, dv, dq, keys = key_block(j, s, dp, dq, keys, slot, smem, SCALE, QUERIES)

@@ -476,11 +476,12 @@ def single_plan(
 
 
 def short_backward_on_hopper(target: Target, a, o, do) -> bool:
-    """Whether a backward in one pass takes the kernel for Hopper: it was faster from two blocks a head on (docs/facts.md)."""
+    """Whether a backward in one pass takes the kernel for Hopper: it was faster from two blocks a head on (docs/facts.md). Fewer
+    heads than multiprocessors were not measured."""
     B, _, H, d = a.q[0].shape
     if not (target.gluon and target.arch == 90):
         return False
-    if d != 16 or target.sms > B * H or sum(blocks_of(a).values()) == 1:
+    if d != 16 or target.sms > B * H or sum(blocks_of(a).values()) <= 1:
         return False
     return all(spec(x).dtype == "bfloat16" for x in (a.q[0], a.k[0], a.v[0])) and all(
         aligned(x, 3 if len(x.shape) == 5 else 2) for x in (*a.q, *a.k, *a.v, *o, *do)
@@ -568,7 +569,7 @@ def hopper_backward(run, a, o, do, lse, dlse, gradients, static):
     rows = tuple(Spec((B, H, 2, x.shape[2]), x.dtype) for x in statistics_specs(a))
     first = delta_plan(lengths(a), rows, H, d, bool(dlse), False, queries, locks)
     *statistics, zeros = run(first, *o, *do, *lse, *(dlse or lse))
-    constants, _, _ = meta(run.target, a, "dkdv", **static)
+    constants, _, _ = meta(run.target, a, "fwd", **static)
     constants = picked(constants, "V_AT", "HEADS", "WIDTH", "SCALE") | gradient_scales(**static) | dict(QUERIES=queries)
     dq, dk, dv = gradients
     sums = tuple(Spec(x.shape, "float32") for x in dq)

@@ -91,7 +91,7 @@ def joint_attention_short_fwd_body(
         sums = tl.max(total, 1) - hidden  # [TOKENS]
         o = tl.where(keep[:, None], acc[0] * (1.0 / sums)[:, None], 0.0)
         fine &= sums_in_range(sums, keep, keys, hidden, dtype == tl.float16).to(tl.int32)
-        largest = tl.maximum(largest, tl.abs(o), propagate_nan=tl.PropagateNan.ALL)  # infinite if a sum of P v was
+        largest = tl.maximum(largest, tl.abs(o), propagate_nan=tl.PropagateNan.ALL)  # infinite or NaN if a sum of P v was
         at, inside = piece_of(batch, head, query, length, 0, HEADS, WIDTH, COLS)
         tl.store(o_ptr + at, o.to(dtype), mask=inside)
         at = (batch * HEADS + head) * length + query
