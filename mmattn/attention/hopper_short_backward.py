@@ -94,16 +94,16 @@ def fetch(
             at = slot * o_smem.shape[0] + len(lse)
             keep = keeps[len(lse)]
             real_smem.index(at).store(keep.to(gl.int32))
-            # k first: warps read it from shared memory themselves, so that a barrier comes before the copy. Of what wgmma alone
-            # reads, the compiler takes one warp's wait for everyone's.
+            # k first: without AHEAD these copies go where the head before lay. Warps read k from shared memory themselves, so
+            # that the compiler puts a barrier before its copy; of what wgmma alone reads it takes a warp's wait for everyone's.
             copy_tile(k_smem.index(at), k_ptrs[i], batch, head, b * ROWS, LENGTHS[i], K_STRIDES_[i], keep)
             copy_tile(q_smem.index(at), q_ptrs[i], batch, head, b * ROWS, LENGTHS[i], Q_STRIDES_[i], keep)
             copy_tile(v_smem.index(at), v_ptrs[i] + V_AT, batch, head, b * ROWS, LENGTHS[i], V_STRIDES_[i], keep)
             copy_tile(do_smem.index(at), do_ptrs[i], batch, head, b * ROWS, LENGTHS[i], row_stride, keep)
             copy_tile(o_smem.index(len(lse)), o_ptrs[i], batch, head, b * ROWS, LENGTHS[i], row_stride, keep)
             row = b * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, CHUNKS))
-            start = (batch * HEADS + head) * LENGTHS[i]
-            lse = lse + (gl.load(lse_ptrs[i] + start + row, mask=keep, other=float("-inf")),)
+            line = (batch * HEADS + head) * LENGTHS[i]
+            lse = lse + (gl.load(lse_ptrs[i] + line + row, mask=keep, other=float("-inf")),)
             if SHIFTED:
                 dlse = dlse + (gl.load(dlse_ptrs[i] + line + row, mask=keep, other=0.0),)
     commit_copies()

@@ -493,15 +493,12 @@ def hopper_short_backward(run, a, o, do, lse, dlse, gradients, static):
     heads, n = a.q[0].shape[0] * a.q[0].shape[2], len(a.q)
     blocks = blocks_of(a)
     total = sum(blocks.values())
-    constants, _, _ = meta(run.target, a, "single", SHIFTED=bool(dlse), **static)
-    constants = (
-        picked(constants, "V_AT", "HEADS", "SCALE", "SHIFTED", *(f"KEY_MASK{i}" for i in range(n)))
-        | gradient_scales(**static)
-        | blocks
-    )
-    # The next head does not fit beside one of more than four blocks. Up to three, steps of half a block were faster.
-    masked = any(m is not None for m in a.key_masks)
-    constants |= dict(TOTAL=total, MASKED=masked, QUERIES=TOKENS // 2 if total <= 3 else TOKENS, AHEAD=total <= BLOCKS)
+    masks = {f"KEY_MASK{i}": m is not None for i, m in enumerate(a.key_masks)}
+    constants, _, _ = meta(run.target, a, "fwd", SHIFTED=bool(dlse), **static)
+    constants = picked(constants, "V_AT", "HEADS", "SCALE", "SHIFTED") | gradient_scales(**static) | blocks | masks
+    # The next head does not fit beside one of six blocks; with five it was not measured. Up to three, steps of half a block were
+    # faster.
+    constants |= dict(TOTAL=total, MASKED=any(masks.values()), QUERIES=TOKENS // 2 if total <= 3 else TOKENS, AHEAD=total <= 4)
     outs = tuple(x for grads in gradients for x in grads)
     p = hopper_short_backward_plan(lengths(a), heads, min(heads, 2 * run.target.sms), outs, tuple(constants.items()))
     results = tuple(run(p, *a.q, *a.k, *a.v, *key_mask_inputs(a), *o, *do, *lse, *(dlse or lse)))
