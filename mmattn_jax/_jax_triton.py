@@ -65,7 +65,7 @@ def static_variant(kernel):
     return triton.jit(variant)
 
 
-POINTERS = dict(bfloat16="*bf16", float32="*fp32", int32="*i32")
+POINTERS = dict(bool="*i1", bfloat16="*bf16", float32="*fp32", int32="*i32")
 
 
 @cache

@@ -14,7 +14,7 @@ import frameworks
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import Case, Normal, Part, heads, key_masks, mask, projections
+from cases import Case, Normal, Part, heads, key_masks, mask, projections, scattered
 from test_ops import assert_same_bits
 from test_plans import MEASURED, TARGETS, Ghost, Recorder, base_name, compiled, ghosts, machine_code
 
@@ -109,7 +109,7 @@ def test_which_calls_take_it(case, dtype, target, kernels, any_size):
         (attention(2, 3, 8, 186), HOPPER, ONE_PASS),
         (attention(2, 3, 16, 186), Target(), ONE_PASS),
         (attention(2, 3, 16, 186), Target(sms=7, gluon=True), ONE_PASS),
-        (attention(2, 3, 16, 186, **key_masks((186,), ((1, 2),))), HOPPER, ONE_PASS),
+        (attention(2, 3, 16, 186, **key_masks((186,), ((1, 2),))), HOPPER, SHORT_BACKWARD),
         (attention(2, 3, 48, 333, 154), HOPPER, PLAIN_BACKWARD),
         (attention(2, 3, 64, 333, 100), HOPPER, PLAIN_BACKWARD),
         (attention(2, 3, 64, 333, static=dict(causal=True)), HOPPER, PLAIN_BACKWARD),
@@ -267,11 +267,13 @@ def test_code_of_the_backward(shape, scale, constant, any_size, tmp_path):
 
 @VARIANTS
 @pytest.mark.parametrize("lengths", [(128,), (186,), (1, 65), (186, 64), (300,), (186, 186)], ids=str)
-def test_code_of_the_short_backward(lengths, scale, constant, tmp_path):
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+def test_code_of_the_short_backward(lengths, scale, constant, masked, tmp_path):
     """Products do not wait for one another, and hardly a register is spilled. The barriers are there, which no result need show:
     of a head, before it is copied over another and before wgmma reads it, and of dS, before it is read and before the next one is
     written."""
-    (launch,) = backward(ghosts(attention(128, 8, 16, *lengths), "bfloat16"), TARGETS[90])
+    masks = key_masks(lengths, ((1,) * 128,) * len(lengths)) if masked else {}
+    (launch,) = backward(ghosts(attention(128, 8, 16, *lengths, **masks), "bfloat16"), TARGETS[90])
     kernel = compiled_as(launch, scale, constant, wide=2 * len(lengths))
     assert 2 * (kernel.metadata.shared + 1024) <= TARGETS[90].shared + 1024  # of two programs; each takes 1 KB besides
     _, spilled, instructions = machine_code(kernel, tmp_path)
@@ -454,6 +456,9 @@ def test_frameworks_agree_to_the_bit(case, launched):
     assert_same_bits(*results)
 
 
+PADDED = (tuple(range(17, 186, 10)), ())  # tokens of 17 samples, in two streams
+
+
 @ON_GPU
 @pytest.mark.parametrize(
     "case",
@@ -467,6 +472,9 @@ def test_frameworks_agree_to_the_bit(case, launched):
         joint("300", heads(40, 8, 16, 300), scale=1e-5),
         joint("186-186", heads(40, 8, 16, 186, 186), return_lse=True),
         joint("views", packed(17, 8, 16, 186, 64)),
+        joint("padded", heads(17, 8, 16, 186, 64, real=PADDED) | key_masks((186, 64), PADDED), return_lse=True),
+        joint("holes", heads(40, 8, 16, 300) | scattered(40, 300)),
+        joint("holes-186-186", heads(17, 8, 16, 186, 186) | scattered(17, 186, 186)),
         joint("very-low-logits", very_low(17, 8, 16, 186, 37)),
         fused("packed-16", projections(17, 8, 16, 186, 64, over="head")),
         fused("packed-16-186", projections(17, 8, 16, 186, 186, over="head")),
@@ -476,7 +484,7 @@ def test_frameworks_agree_to_the_bit(case, launched):
 def test_backward_of_short_heads(case, launched):
     """Against float64, twice, and both frameworks to the bit."""
     results = []
-    for name in frameworks.INSTALLED:
+    for name in ("torch",) if case.label == "0-130" else frameworks.INSTALLED:  # JAX takes the formula where arrays are empty
         for _ in range(2):
             results.append(frameworks.call(frameworks.framework_of(name), case, "bfloat16"))
             frameworks.check(case, "bfloat16", results[-1])

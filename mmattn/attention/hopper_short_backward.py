@@ -55,40 +55,54 @@ def ones_at(real, FIRST: gl.constexpr):
 
 
 @gluon.jit
-def copy_tile(smem, ptr, batch, head, first, length, stride: gl.constexpr, there):
-    """Start to copy 64 tokens of a head; those that are not there read as 0."""
+def kept(unit, end, key_mask_ptrs, LENGTHS, HEADS: gl.constexpr, KEY_MASKS_, BLOCKS_):
+    """Which tokens of a head's blocks count."""
+    keeps = ()
+    batch = (unit // HEADS).to(gl.int64)
+    for i in gl.static_range(len(LENGTHS)):
+        for b in gl.static_range(BLOCKS_[i]):
+            token = b * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, CHUNKS))
+            keep = (token < LENGTHS[i]) & (unit < end)
+            if KEY_MASKS_[i]:
+                keep = keep & (gl.load(key_mask_ptrs[i] + batch * LENGTHS[i] + token, mask=keep, other=0) != 0)
+            keeps = keeps + (keep,)
+    return keeps
+
+
+@gluon.jit
+def copy_tile(smem, ptr, batch, head, first, length, stride: gl.constexpr, keep):
+    """Start to copy 64 tokens of a head; those that do not count read as 0."""
     token = first + gl.arange(0, ROWS, gl.SliceLayout(1, CHUNKS))
     cols = gl.arange(0, WIDTH, gl.SliceLayout(0, CHUNKS))
     at = ptr + batch * length * stride + head * WIDTH
-    mask = ((token < length) & there)[:, None]
-    copy_async(smem, at + token[:, None] * stride + cols[None, :], mask)
+    copy_async(smem, at + token[:, None] * stride + cols[None, :], keep[:, None])
 
 
 @gluon.jit
 def fetch(
-    unit, end, slot, smem, q_ptrs, k_ptrs, v_ptrs, o_ptrs, do_ptrs, lse_ptrs, dlse_ptrs, LENGTHS,
+    unit, keeps, slot, smem, q_ptrs, k_ptrs, v_ptrs, o_ptrs, do_ptrs, lse_ptrs, dlse_ptrs, LENGTHS,
     Q_STRIDES_, K_STRIDES_, V_STRIDES_, V_AT: gl.constexpr, HEADS: gl.constexpr, SHIFTED: gl.constexpr, BLOCKS_,
 ):  # fmt: skip
-    """Start to copy a head to shared memory; lse and dlse of its blocks."""
-    q_smem, k_smem, v_smem, do_smem, o_smem, _, _ = smem
+    """Start to copy a head, of which `keeps` says what counts, to shared memory; lse and dlse of its blocks."""
+    q_smem, k_smem, v_smem, do_smem, o_smem, _, _, real_smem = smem
     row_stride: gl.constexpr = HEADS * WIDTH
     head = unit % HEADS
     batch = (unit // HEADS).to(gl.int64)
-    there = unit < end
     lse, dlse = (), ()
     for i in gl.static_range(len(q_ptrs)):
         for b in gl.static_range(BLOCKS_[i]):
             at = slot * o_smem.shape[0] + len(lse)
+            keep = keeps[len(lse)]
+            real_smem.index(at).store(keep.to(gl.int32))
             # k first: without AHEAD these copies go where the head before lay. Warps read k from shared memory themselves, so
             # that the compiler puts a barrier before its copy; of what wgmma alone reads it takes a warp's wait for everyone's.
-            copy_tile(k_smem.index(at), k_ptrs[i], batch, head, b * ROWS, LENGTHS[i], K_STRIDES_[i], there)
-            copy_tile(q_smem.index(at), q_ptrs[i], batch, head, b * ROWS, LENGTHS[i], Q_STRIDES_[i], there)
-            copy_tile(v_smem.index(at), v_ptrs[i] + V_AT, batch, head, b * ROWS, LENGTHS[i], V_STRIDES_[i], there)
-            copy_tile(do_smem.index(at), do_ptrs[i], batch, head, b * ROWS, LENGTHS[i], row_stride, there)
-            copy_tile(o_smem.index(len(lse)), o_ptrs[i], batch, head, b * ROWS, LENGTHS[i], row_stride, there)
+            copy_tile(k_smem.index(at), k_ptrs[i], batch, head, b * ROWS, LENGTHS[i], K_STRIDES_[i], keep)
+            copy_tile(q_smem.index(at), q_ptrs[i], batch, head, b * ROWS, LENGTHS[i], Q_STRIDES_[i], keep)
+            copy_tile(v_smem.index(at), v_ptrs[i] + V_AT, batch, head, b * ROWS, LENGTHS[i], V_STRIDES_[i], keep)
+            copy_tile(do_smem.index(at), do_ptrs[i], batch, head, b * ROWS, LENGTHS[i], row_stride, keep)
+            copy_tile(o_smem.index(len(lse)), o_ptrs[i], batch, head, b * ROWS, LENGTHS[i], row_stride, keep)
             row = b * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, CHUNKS))
             line = (batch * HEADS + head) * LENGTHS[i]
-            keep = (row < LENGTHS[i]) & there
             lse = lse + (gl.load(lse_ptrs[i] + line + row, mask=keep, other=float("-inf")),)
             if SHIFTED:
                 dlse = dlse + (gl.load(dlse_ptrs[i] + line + row, mask=keep, other=0.0),)
@@ -155,18 +169,17 @@ def store_tokens(block, x, batch, head, ptrs, LENGTHS, HEADS: gl.constexpr, BLOC
 
 
 @gluon.jit
-def keys_of(block, k, v, ptrs, LENGTHS, BLOCKS_, QUERIES: gl.constexpr):
+def keys_of(k, v, real, QUERIES: gl.constexpr):
     """Left operands of the products with a block of keys: k, v and ones."""
     layout: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUERIES, 16]), 2)
-    _, length, first = stream_of(block, ptrs, LENGTHS, BLOCKS_)
-    real = first + gl.arange(0, ROWS, gl.SliceLayout(1, layout)) < length
+    real = real.load(gl.SliceLayout(1, layout)) != 0
     return k.load(layout), v.load(layout), ones_at(real, 0), ones_at(real, 3)
 
 
 @gluon.jit
-def key_block(j, s, dp, dq, keys, slot, smem, LENGTHS, k_ptrs, SCALE: gl.constexpr, BLOCKS_, QUERIES: gl.constexpr):
+def key_block(j, s, dp, dq, keys, slot, smem, SCALE: gl.constexpr, QUERIES: gl.constexpr):
     """dk and dv of block j of keys, dq increased by its part. s and dP of its first step come along, the next block's go out."""
-    q_smem, k_smem, v_smem, do_smem, o_smem, rows_smem, ds_smem = smem
+    q_smem, k_smem, v_smem, do_smem, o_smem, rows_smem, ds_smem, real_smem = smem
     N: gl.constexpr = o_smem.shape[0]
     STEPS: gl.constexpr = N * ROWS // QUERIES
     k, v, shift_ones, delta_ones = keys
@@ -178,9 +191,7 @@ def key_block(j, s, dp, dq, keys, slot, smem, LENGTHS, k_ptrs, SCALE: gl.constex
         at = z + slot * N
         if step + 1 == STEPS:  # the last block's next one is itself: products that nobody waits for long
             n = gl.minimum(j + 1, N - 1)
-            k, v, shift_ones, delta_ones = keys_of(
-                n, k_smem.index(at + n), v_smem.index(at + n), k_ptrs, LENGTHS, BLOCKS_, QUERIES
-            )
+            k, v, shift_ones, delta_ones = keys_of(k_smem.index(at + n), v_smem.index(at + n), real_smem.index(at + n), QUERIES)
         next_q = queries_of(q_smem, at, (step + 1) % STEPS, QUERIES)
         next_do = queries_of(do_smem, at, (step + 1) % STEPS, QUERIES)
         next_rows = queries_of(rows_smem, z, (step + 1) % STEPS, QUERIES)
@@ -221,24 +232,27 @@ def key_block(j, s, dp, dq, keys, slot, smem, LENGTHS, k_ptrs, SCALE: gl.constex
 @gluon.jit
 def gradients(
     batch, head, slot, smem, dq_ptrs, dk_ptrs, dv_ptrs, LENGTHS, HEADS: gl.constexpr, SCALE: gl.constexpr,
-    DQ_SCALE: gl.constexpr, DK_SCALE: gl.constexpr, BLOCKS_, QUERIES: gl.constexpr,
+    DQ_SCALE: gl.constexpr, DK_SCALE: gl.constexpr, BLOCKS_, QUERIES: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """dq, dk and dv of a head that is in shared memory."""
-    q_smem, k_smem, v_smem, do_smem, o_smem, rows_smem, _ = smem
+    q_smem, k_smem, v_smem, do_smem, o_smem, rows_smem, _, real_smem = smem
     N: gl.constexpr = o_smem.shape[0]
     dq = ()
     for _ in gl.static_range(N):
         dq = dq + (gl.zeros([ROWS, WIDTH], gl.float32, HEAD),)
     z = zero_of(slot)
     at = z + slot * N
-    keys = keys_of(0, k_smem.index(at), v_smem.index(at), dk_ptrs, LENGTHS, BLOCKS_, QUERIES)
+    keys = keys_of(k_smem.index(at), v_smem.index(at), real_smem.index(at), QUERIES)
     rows = queries_of(rows_smem, z, 0, QUERIES)
     s = start_scores(keys[0], keys[2], queries_of(q_smem, at, 0, QUERIES), rows)
     dp = start_scores(keys[1], keys[3], queries_of(do_smem, at, 0, QUERIES), rows)
     s, dp = warpgroup_mma_wait(0, [s, dp])
     for j in range(N):
-        s, dp, dk, dv, dq, keys = key_block(j, s, dp, dq, keys, slot, smem, LENGTHS, dk_ptrs, SCALE, BLOCKS_, QUERIES)
+        s, dp, dk, dv, dq, keys = key_block(j, s, dp, dq, keys, slot, smem, SCALE, QUERIES)
         store_tokens(j, dk * DK_SCALE, batch, head, dk_ptrs, LENGTHS, HEADS, BLOCKS_)
+        if MASKED:  # a silenced key has P = 1
+            real = real_smem.index(zero_of(slot) + slot * N + j).load(gl.SliceLayout(1, HEAD)) != 0
+            dv = gl.where(real[:, None], dv, 0.0)
         store_tokens(j, dv, batch, head, dv_ptrs, LENGTHS, HEADS, BLOCKS_)
     for i in gl.static_range(N):
         store_tokens(i, dq[i] * DQ_SCALE, batch, head, dq_ptrs, LENGTHS, HEADS, BLOCKS_)
@@ -249,6 +263,7 @@ def joint_attention_hopper_short_bwd_body(
     q_ptrs,  # (B, L_s, H, 16) per stream, tokens a stride apart, bfloat16
     k_ptrs,  # likewise
     v_ptrs,  # likewise
+    key_mask_ptrs,  # (B, L_s) bool
     o_ptrs,  # (B, L_s, H, 16)
     do_ptrs,  # (B, L_s, H, 16)
     lse_ptrs,  # (B, H, L_s) float32, base 2
@@ -264,12 +279,14 @@ def joint_attention_hopper_short_bwd_body(
     V_AT,  # where v starts in a packed projection
     HEADS,
     SCALE,  # softmax scale times log2(e); 1 where q has been multiplied by it
+    KEY_MASKS_,  # per stream, whether it has a key mask
     SHIFTED,  # whether dlse is given
     DQ_SCALE,  # of dS k
     DK_SCALE,  # of dS^T q
     BLOCKS_,  # blocks of 64 tokens in each stream
     TOTAL,  # their sum
     QUERIES,  # of a step: a block, or half of one
+    MASKED,  # whether any stream has a key mask
     AHEAD,  # whether the next head is copied while one is computed
 ):
     """Grid (programs that the GPU holds at once,)."""
@@ -281,18 +298,22 @@ def joint_attention_hopper_short_bwd_body(
     o_smem = gl.allocate_shared_memory(gl.bfloat16, [TOTAL, ROWS, WIDTH], TILE)
     rows_smem = gl.allocate_shared_memory(gl.bfloat16, [TOTAL, ROWS, WIDTH], TILE) if AHEAD else o_smem
     ds_smem = gl.allocate_shared_memory(gl.bfloat16, [1, ROWS, ROWS], SQUARE_TILE)
-    smem = (q_smem, k_smem, v_smem, do_smem, o_smem, rows_smem, ds_smem)
+    real_smem = gl.allocate_shared_memory(gl.int32, [SLOTS * TOTAL, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    smem = (q_smem, k_smem, v_smem, do_smem, o_smem, rows_smem, ds_smem, real_smem)
     end = SAMPLES[0] * HEADS
     slot = 0
+    step = gl.num_programs(0)
+    keeps = kept(gl.program_id(0), end, key_mask_ptrs, LENGTHS, HEADS, KEY_MASKS_, BLOCKS_)
     if AHEAD:
         lse, dlse = fetch(
-            gl.program_id(0), end, slot, smem, q_ptrs, k_ptrs, v_ptrs, o_ptrs, do_ptrs, lse_ptrs, dlse_ptrs, LENGTHS,
+            gl.program_id(0), keeps, slot, smem, q_ptrs, k_ptrs, v_ptrs, o_ptrs, do_ptrs, lse_ptrs, dlse_ptrs, LENGTHS,
             Q_STRIDES_, K_STRIDES_, V_STRIDES_, V_AT, HEADS, SHIFTED, BLOCKS_,
         )  # fmt: skip
-    for unit in range(gl.program_id(0), end, gl.num_programs(0)):
+        keeps = kept(gl.program_id(0) + step, end, key_mask_ptrs, LENGTHS, HEADS, KEY_MASKS_, BLOCKS_)
+    for unit in range(gl.program_id(0), end, step):
         if not AHEAD:
             lse, dlse = fetch(
-                unit, end, slot, smem, q_ptrs, k_ptrs, v_ptrs, o_ptrs, do_ptrs, lse_ptrs, dlse_ptrs, LENGTHS,
+                unit, keeps, slot, smem, q_ptrs, k_ptrs, v_ptrs, o_ptrs, do_ptrs, lse_ptrs, dlse_ptrs, LENGTHS,
                 Q_STRIDES_, K_STRIDES_, V_STRIDES_, V_AT, HEADS, SHIFTED, BLOCKS_,
             )  # fmt: skip
         await_copies(0)
@@ -311,12 +332,14 @@ def joint_attention_hopper_short_bwd_body(
         fence_async_shared()
         if AHEAD:
             lse, dlse = fetch(
-                unit + gl.num_programs(0), end, slot ^ 1, smem, q_ptrs, k_ptrs, v_ptrs, o_ptrs, do_ptrs, lse_ptrs,
+                unit + step, keeps, slot ^ 1, smem, q_ptrs, k_ptrs, v_ptrs, o_ptrs, do_ptrs, lse_ptrs,
                 dlse_ptrs, LENGTHS, Q_STRIDES_, K_STRIDES_, V_STRIDES_, V_AT, HEADS, SHIFTED, BLOCKS_,
             )  # fmt: skip
+        # Which tokens count is known before it is asked for: a copy does not wait for a mask.
+        keeps = kept(unit + (2 if AHEAD else 1) * step, end, key_mask_ptrs, LENGTHS, HEADS, KEY_MASKS_, BLOCKS_)
         gradients(
             (unit // HEADS).to(gl.int64), unit % HEADS, slot, smem, dq_ptrs, dk_ptrs, dv_ptrs, LENGTHS,
-            HEADS, SCALE, DQ_SCALE, DK_SCALE, BLOCKS_, QUERIES,
+            HEADS, SCALE, DQ_SCALE, DK_SCALE, BLOCKS_, QUERIES, MASKED,
         )  # fmt: skip
         if AHEAD:
             slot ^= 1

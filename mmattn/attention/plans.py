@@ -488,7 +488,7 @@ def short_backward_on_hopper(target: Target, a, o, do) -> bool:
     """Whether a backward in one pass takes the kernel for Hopper: it was faster from two blocks a head on (docs/facts.md). Fewer
     heads than multiprocessors were not measured."""
     B, _, H, d = a.q[0].shape
-    if d != 16 or target.sms > B * H or sum(blocks_of(a).values()) <= 1 or has_key_masks(a):
+    if d != 16 or target.sms > B * H or sum(blocks_of(a).values()) <= 1:
         return False
     return is_loadable(target, a, *o, *do)
 
@@ -500,14 +500,15 @@ def hopper_short_backward(run, a, o, do, lse, dlse, gradients, static):
     blocks = blocks_of(a)
     total = sum(blocks.values())
     constants, _, _ = meta(run.target, a, "fwd", SHIFTED=bool(dlse), **static)
-    constants = picked(constants, "V_AT", "HEADS", "SCALE", "SHIFTED") | gradient_scales(**static) | blocks
+    masks = [f"KEY_MASK{i}" for i in range(n)]
+    constants = picked(constants, "V_AT", "HEADS", "SCALE", "SHIFTED", *masks) | gradient_scales(**static) | blocks
     # The next head does not fit beside one of six blocks; with five it was not measured. Up to three, steps of half a block were
     # faster.
-    constants |= dict(TOTAL=total, QUERIES=TOKENS // 2 if total <= 3 else TOKENS, AHEAD=total <= 4)
+    constants |= dict(TOTAL=total, MASKED=has_key_masks(a), QUERIES=TOKENS // 2 if total <= 3 else TOKENS, AHEAD=total <= 4)
     outs = tuple(x for grads in gradients for x in grads)
     programs = min(B * H, 2 * run.target.sms)
     p = walking_plan(joint_attention_hopper_short_bwd_body, lengths(a), B, programs, outs, tuple(constants.items()))
-    results = tuple(run(p, *a.q, *a.k, *a.v, *o, *do, *lse, *(dlse or lse)))
+    results = tuple(run(p, *a.q, *a.k, *a.v, *key_mask_inputs(a), *o, *do, *lse, *(dlse or lse)))
     return results[:n], results[n : 2 * n], results[2 * n :]
 
 
