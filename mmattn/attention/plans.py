@@ -73,6 +73,7 @@ def unshifted_tiles(cols: int, dtype: str, keys: int, masked: bool) -> tuple[dic
 
 TOKENS = 64  # of a block in the kernels that keep a whole head, the forward in shared memory, the backward in registers
 BLOCKS = 4  # most that they keep: more were slower, or spill
+MASKED_BLOCKS = 6  # with key masks, which the forward that does not keep them has to take out of every block
 
 
 def backward_tiles(kind: str, cols: int, keys: int, masked: bool) -> tuple[dict[str, int], int, int]:
@@ -316,7 +317,8 @@ def blocks_of(a) -> dict[str, int]:
 
 def fits(a) -> bool:
     """Whether a head is small enough for a program to keep all of it."""
-    return a.q[0].shape[3] <= 16 and 1 <= sum(blocks_of(a).values()) <= BLOCKS
+    most = MASKED_BLOCKS if has_key_masks(a) else BLOCKS
+    return a.q[0].shape[3] <= 16 and 1 <= sum(blocks_of(a).values()) <= most
 
 
 def is_short(target: Target, a) -> bool:
