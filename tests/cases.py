@@ -367,6 +367,7 @@ def joint_attention_cases():
     yield case("huge-logits", huge | dict(k=tuple(leaf._replace(mean=60.0) for leaf in huge["k"])))
     # Sums of exponentials beyond what a float32 or the gate of the unshifted softmax holds, both ways, in some rows or all.
     yield case("over-the-gate", heads(1, 2, 32, 130, 20, qk=dict(std=5.0)))
+    yield case("over-the-gate-16", heads(1, 1, 16, 200, 70, qk=dict(std=6.0)), **PRODUCTION)
     yield case("over-the-gate-64", heads(1, 1, 64, 130, qk=dict(std=4.0)), dict(return_lse=True))
     opposite = lambda operands, mean: operands | dict(k=tuple(leaf._replace(mean=-mean) for leaf in operands["k"]))
     low = heads(1, 1, 16, 70, 37, qk=dict(mean=5.0))

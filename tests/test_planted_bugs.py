@@ -55,6 +55,13 @@ BUGS = [
     Bug("rotation not undone", "qk_norm_rope-seed", ROPE, "turn(u_a, u_b, c, -s)", "turn(u_a, u_b, c, s)"),
     Bug("start position dropped", "qk_norm_rope-seed", ROPE, "    if STARTED:\n", "    if False:\n"),
     Bug(
+        "first half done twice",
+        "joint_attention-over-the-gate-16",
+        FORWARD,
+        "first + part * SHIFTED_QUERIES, length",
+        "first + 0 * part, length",
+    ),
+    Bug(
         "gate dropped",
         "joint_attention-over-the-gate",
         FORWARD,

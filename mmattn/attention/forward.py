@@ -317,6 +317,8 @@ def joint_attention_fwd_body(
     QUERIES,
     KEYS,
     COLS,
+    SHIFTED_QUERIES,  # of a block that turns out to need a running maximum
+    SHIFTED_KEYS,
 ):
     """Grid (B * H * blocks of QUERIES tokens over all streams,)."""
     batch, head, block = place(LENGTHS, QUERIES, HEADS)
@@ -387,10 +389,10 @@ def joint_attention_fwd_body(
             )  # fmt: skip
         else:
             # Rare: small tiles that shape neither registers nor shared memory of the kernel.
-            for part in tl.range(0, QUERIES // 64, num_stages=1):
+            for part in tl.range(0, QUERIES // SHIFTED_QUERIES, num_stages=1):
                 shifted_softmax(
                     q_ptr, k_ptrs, v_ptrs, query_mask_ptr, key_mask_ptrs, mask_ptr, rows_ptr, cols_ptr, o_ptr, lse_ptr, log_ptr,
-                    batch, head, i, first + part * 64, length, q_stride, query_masked, LENGTHS, K_STRIDES_,
+                    batch, head, i, first + part * SHIFTED_QUERIES, length, q_stride, query_masked, LENGTHS, K_STRIDES_,
                     V_STRIDES_, V_AT, HEADS, GROUP, WIDTH, SCALE, KEY_MASKS_, CAUSAL, MASKED, PRECISION, EXACT, LOGS,
-                    64, 32, COLS, 1,
+                    SHIFTED_QUERIES, SHIFTED_KEYS, COLS, 1,
                 )  # fmt: skip

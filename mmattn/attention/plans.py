@@ -304,6 +304,9 @@ def attention_forward(run, a, *, return_lse: bool, precision: str, **static):
     constants, warps, stages = meta(run.target, a, "fwd" if shifted else "unshifted", precision=precision, **more, **static)
     at_once = not shifted and not static["causal"] and constants["COLS"] <= 32 and sum(lengths(a)) <= SHORT
     constants |= {f"KEY_BLOCK{i}": cdiv(L, constants["KEYS"]) if at_once else 0 for i, L in enumerate(lengths(a))}
+    # With more streams than one, more loops bid for registers, and how many programs run at once hangs on that (docs/facts.md).
+    small = n > 1 and constants["COLS"] == 16 and sum(lengths(a)) <= MIDDLE
+    constants |= dict(SHIFTED_QUERIES=32 if small else 64, SHIFTED_KEYS=16 if small else 32)
     outs = forward_specs(a, return_lse, precision)
     p = plan(joint_attention_fwd_body, lengths(a), B * H, constants["QUERIES"], outs, tuple(constants.items()), warps, stages)
     results = tuple(run(p, *a.q, *a.k, *a.v, *mask_inputs(a, anys)))
