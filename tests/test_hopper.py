@@ -478,6 +478,7 @@ PADDED = (tuple(range(17, 186, 10)), ())  # tokens of 17 samples, in two streams
         joint("very-low-logits", very_low(17, 8, 16, 186, 37)),
         fused("packed-16", projections(17, 8, 16, 186, 64, over="head")),
         fused("packed-16-186", projections(17, 8, 16, 186, 186, over="head")),
+        fused("packed-16-holes", projections(17, 8, 16, 186, 64, over="head") | scattered(17, 186, 64)),
     ],
     ids=str,
 )
