@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
+from torch.nn.attention.flex_attention import flex_attention
 
 import mmattn
 import mmattn_torch
@@ -265,17 +266,14 @@ def compiled(p: Problem, attend: Callable = plain.sdpa, **how) -> Work:
     return work._replace(fn=torch.compile(work.fn, dynamic=False))
 
 
-def flex(p: Problem) -> Work:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    attend = torch.compile(flex_attention, dynamic=False)
-    return torch_work(p, plain.Torch(lambda q, k, v: attend(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)))
+def flex_attend(q, k, v):
+    return flex_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
-def flash_attention_4(p: Problem) -> Work:
+def flash_attention_4(q, k, v):
     from flash_attn.cute import flash_attn_func
 
-    return torch_work(p, plain.Torch(lambda q, k, v: tuple_of(flash_attn_func(q, k, v))[0]))
+    return tuple_of(flash_attn_func(q, k, v))[0]
 
 
 def quack(p: Problem) -> Work:
@@ -416,12 +414,15 @@ PROVIDERS: dict[str, dict[str, Callable[[Problem], Work]]] = {
     "joint_attention": OURS
     | {f"{name}-streams": partial(ours_by_stream, provider) for name, provider in OURS.items()}
     | {f"sdpa-{name}": partial(eager, attend=attend) for name, attend in SDPA.items()}
-    | {"flex": flex, "flash-attn-4": flash_attention_4, "xla": xla, "cudnn-jax": CUDNN_JAX}
+    | {"flex": partial(eager, attend=torch.compile(flex_attend, dynamic=False))}
+    | {"flash-attn-4": partial(eager, attend=flash_attention_4), "xla": xla, "cudnn-jax": CUDNN_JAX}
     | {"flash-attn3-jax": flash_attention_3_jax},
     "qk_norm_rope_attention": OURS
     | {"eager": eager}
     | {f"compile-{name}": partial(compiled, attend=attend) for name, attend in SDPA.items()}
     | {"compile-cudnn-apart": partial(compiled, attend=torch.compiler.disable(SDPA["cudnn"]))}
+    | {"compile-flex": partial(compiled, attend=flex_attend)}
+    | {"compile-flash-attn-4": partial(compiled, attend=torch.compiler.disable(flash_attention_4))}
     | {"xla": xla, "cudnn-jax": CUDNN_JAX},
     "model": {
         "ours-torch": partial(ours_model, **PLAIN),
@@ -432,6 +433,7 @@ PROVIDERS: dict[str, dict[str, Callable[[Problem], Work]]] = {
         "eager-graph": eager,
         "compile": partial(compiled, **PLAIN),
         "compile-graph": compiled,
+        "compile-flex-graph": partial(compiled, attend=flex_attend),
         "xla": partial(xla, **PLAIN),
         "cudnn-jax": partial(xla, attention="cudnn", **PLAIN),
     },
