@@ -4,7 +4,8 @@ What a score needs of its row rides along in columns, as there. Triton waits for
 here, while a step takes exponentials, the products of the step before it are still running, and its own scores were among
 them. A program walks heads and, where there is room, copies the next one to shared memory meanwhile. Blocks of keys are a loop,
 since code that is straight for all of a head is slower than waiting at the end of each; dq of all blocks of queries stays in
-registers, dk and dv of one block of keys.
+registers, dk and dv of one block of keys. Which tokens count is loaded one head earlier than the head itself, so that no copy
+waits for a mask, and lies in shared memory beside it.
 
 dS, which has keys in its rows, is the left operand of dk as it is, and of dq transposed: for that it goes through shared memory
 and comes back to registers. wgmma could read it there, but a fence for it takes longer than a barrier of four warps.
@@ -95,7 +96,7 @@ def fetch(
             keep = keeps[len(lse)]
             real_smem.index(at).store(keep.to(gl.int32))
             # k first: without AHEAD these copies go where the head before lay. Warps read k from shared memory themselves, so
-            # that the compiler puts a barrier before its copy; of what wgmma alone reads it takes a warp's wait for everyone's.
+            # that the compiler puts a barrier before it; of what wgmma alone reads it takes a warp's wait for everyone's.
             copy_tile(k_smem.index(at), k_ptrs[i], batch, head, b * ROWS, LENGTHS[i], K_STRIDES_[i], keep)
             copy_tile(q_smem.index(at), q_ptrs[i], batch, head, b * ROWS, LENGTHS[i], Q_STRIDES_[i], keep)
             copy_tile(v_smem.index(at), v_ptrs[i] + V_AT, batch, head, b * ROWS, LENGTHS[i], V_STRIDES_[i], keep)

@@ -73,7 +73,7 @@ def unshifted_tiles(cols: int, dtype: str, keys: int, masked: bool) -> tuple[dic
 
 TOKENS = 64  # of a block in the kernels that keep a whole head, the forward in shared memory, the backward in registers
 BLOCKS = 4  # most that they keep: more were slower, or spill
-MASKED_BLOCKS = 6  # with key masks, which the forward that does not keep them has to take out of every block
+MASKED_BLOCKS = 6  # on Hopper with key masks, where the forward by blocks of queries is much slower
 
 
 def backward_tiles(kind: str, cols: int, keys: int, masked: bool) -> tuple[dict[str, int], int, int]:
@@ -318,15 +318,15 @@ def blocks_of(a) -> dict[str, int]:
     return {f"BLOCK{i}": cdiv(L, TOKENS) for i, L in enumerate(lengths(a))}
 
 
-def fits(a) -> bool:
+def fits(target: Target, a) -> bool:
     """Whether a head is small enough for a program to keep all of it."""
-    most = MASKED_BLOCKS if has_key_masks(a) else BLOCKS
+    most = MASKED_BLOCKS if has_key_masks(a) and target.arch == 90 else BLOCKS
     return a.q[0].shape[3] <= 16 and 1 <= sum(blocks_of(a).values()) <= most
 
 
 def is_short(target: Target, a) -> bool:
     """Whether the forward takes one program a head: fewer heads leave multiprocessors idle that blocks of queries would use."""
-    return fits(a) and a.q[0].shape[0] * a.q[0].shape[2] >= target.sms
+    return fits(target, a) and a.q[0].shape[0] * a.q[0].shape[2] >= target.sms
 
 
 def short_forward(run, a, *, return_lse: bool, precision: str, **static):
@@ -475,7 +475,7 @@ def single_pass(run, a, o, do, lse, dlse, gradients, static):
     # Masks are not loaded ahead; heads with columns to spare take so few registers that more programs serve them better; and
     # on other architectures straight code spills.
     spare = a.q[0].shape[3] + 3 <= constants["COLS"]
-    loop = run.target.arch != 90 or not fits(a) or spare or has_key_masks(a)
+    loop = run.target.arch != 90 or not fits(run.target, a) or spare or has_key_masks(a)
     loop |= constants["KEYS"] != TOKENS
     blocks = blocks_of(a)
     constants |= blocks | dict(LOOP=loop)
