@@ -486,7 +486,8 @@ PADDED = (tuple(range(17, 186, 10)), ())  # tokens of 17 samples, in two streams
 def test_backward_of_short_heads(case, launched):
     """Against float64, twice, and both frameworks to the bit."""
     results = []
-    for name in ("torch",) if case.label == "0-130" else frameworks.INSTALLED:  # JAX takes the formula where arrays are empty
+    empty = any(0 in leaf.shape for _, leaf in frameworks.walk(case.operands))
+    for name in ("torch",) if empty else frameworks.INSTALLED:  # JAX takes the formula where arrays are empty
         for _ in range(2):
             results.append(frameworks.call(frameworks.framework_of(name), case, "bfloat16"))
             frameworks.check(case, "bfloat16", results[-1])

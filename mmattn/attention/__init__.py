@@ -15,7 +15,7 @@ Backward, with P = exp(S - lse) and delta = sum(o * do) - dlse per row:
 One kernel walks queries for each block of keys (dk, dv), one walks keys for each block of queries (dq); for short sequences
 in bfloat16 one program does all of a head (`single_pass`). No sum is in an order that could change. Short forwards of narrow
 heads have a kernel of their own (`short`), and on Hopper long ones from width 32 on (`hopper`), long backwards
-(`hopper_backward`), and short ones of width 16 without masks (`hopper_short_backward`).
+(`hopper_backward`), and short ones of width 16 (`hopper_short_backward`).
 Saved for the backward: q, k, v, o and lse, 4 bytes per token and head (8 in IEEE precision), and the two any() vectors of the
 mask.
 """

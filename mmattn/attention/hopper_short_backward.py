@@ -24,6 +24,7 @@ from .._gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from .._triton import triton
 from .hopper import exponentials
 
 ROWS = gl.constexpr(64)  # tokens of a block: what one wgmma multiplies
@@ -35,6 +36,12 @@ if INSTALLED:
     SQUARE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
     TILE = gl.constexpr(gl.NVMMASharedLayout(32, 16, rank=2))
     SQUARE_TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
+
+
+@triton.constexpr_function
+def total(xs):
+    """The sum of a tuple of constants."""
+    return sum(xs)
 
 
 @gluon.jit
@@ -233,7 +240,7 @@ def key_block(j, s, dp, dq, keys, slot, smem, SCALE: gl.constexpr, QUERIES: gl.c
 @gluon.jit
 def gradients(
     batch, head, slot, smem, dq_ptrs, dk_ptrs, dv_ptrs, LENGTHS, HEADS: gl.constexpr, SCALE: gl.constexpr,
-    DQ_SCALE: gl.constexpr, DK_SCALE: gl.constexpr, BLOCKS_, QUERIES: gl.constexpr, MASKED: gl.constexpr,
+    DQ_SCALE: gl.constexpr, DK_SCALE: gl.constexpr, KEY_MASKS_, BLOCKS_, QUERIES: gl.constexpr,
 ):  # fmt: skip
     """dq, dk and dv of a head that is in shared memory."""
     q_smem, k_smem, v_smem, do_smem, o_smem, rows_smem, _, real_smem = smem
@@ -251,7 +258,7 @@ def gradients(
     for j in range(N):
         s, dp, dk, dv, dq, keys = key_block(j, s, dp, dq, keys, slot, smem, SCALE, QUERIES)
         store_tokens(j, dk * DK_SCALE, batch, head, dk_ptrs, LENGTHS, HEADS, BLOCKS_)
-        if MASKED:  # a silenced key has P = 1
+        if total(KEY_MASKS_) > 0:  # a silenced key has P = 1
             real = real_smem.index(zero_of(slot) + slot * N + j).load(gl.SliceLayout(1, HEAD)) != 0
             dv = gl.where(real[:, None], dv, 0.0)
         store_tokens(j, dv, batch, head, dv_ptrs, LENGTHS, HEADS, BLOCKS_)
@@ -285,12 +292,11 @@ def joint_attention_hopper_short_bwd_body(
     DQ_SCALE,  # of dS k
     DK_SCALE,  # of dS^T q
     BLOCKS_,  # blocks of 64 tokens in each stream
-    TOTAL,  # their sum
     QUERIES,  # of a step: a block, or half of one
-    MASKED,  # whether any stream has a key mask
     AHEAD,  # whether the next head is copied while one is computed
 ):
     """Grid (programs that the GPU holds at once,)."""
+    TOTAL: gl.constexpr = total(BLOCKS_)
     SLOTS: gl.constexpr = 2 if AHEAD else 1
     q_smem = gl.allocate_shared_memory(gl.bfloat16, [SLOTS * TOTAL, ROWS, WIDTH], TILE)
     k_smem = gl.allocate_shared_memory(gl.bfloat16, [SLOTS * TOTAL, ROWS, WIDTH], TILE)
@@ -303,15 +309,15 @@ def joint_attention_hopper_short_bwd_body(
     smem = (q_smem, k_smem, v_smem, do_smem, o_smem, rows_smem, ds_smem, real_smem)
     end = SAMPLES[0] * HEADS
     slot = 0
-    step = gl.num_programs(0)
+    programs = gl.num_programs(0)
     keeps = kept(gl.program_id(0), end, key_mask_ptrs, LENGTHS, HEADS, KEY_MASKS_, BLOCKS_)
     if AHEAD:
         lse, dlse = fetch(
             gl.program_id(0), keeps, slot, smem, q_ptrs, k_ptrs, v_ptrs, o_ptrs, do_ptrs, lse_ptrs, dlse_ptrs, LENGTHS,
             Q_STRIDES_, K_STRIDES_, V_STRIDES_, V_AT, HEADS, SHIFTED, BLOCKS_,
         )  # fmt: skip
-        keeps = kept(gl.program_id(0) + step, end, key_mask_ptrs, LENGTHS, HEADS, KEY_MASKS_, BLOCKS_)
-    for unit in range(gl.program_id(0), end, step):
+        keeps = kept(gl.program_id(0) + programs, end, key_mask_ptrs, LENGTHS, HEADS, KEY_MASKS_, BLOCKS_)
+    for unit in range(gl.program_id(0), end, programs):
         if not AHEAD:
             lse, dlse = fetch(
                 unit, keeps, slot, smem, q_ptrs, k_ptrs, v_ptrs, o_ptrs, do_ptrs, lse_ptrs, dlse_ptrs, LENGTHS,
@@ -333,14 +339,14 @@ def joint_attention_hopper_short_bwd_body(
         fence_async_shared()
         if AHEAD:
             lse, dlse = fetch(
-                unit + step, keeps, slot ^ 1, smem, q_ptrs, k_ptrs, v_ptrs, o_ptrs, do_ptrs, lse_ptrs,
+                unit + programs, keeps, slot ^ 1, smem, q_ptrs, k_ptrs, v_ptrs, o_ptrs, do_ptrs, lse_ptrs,
                 dlse_ptrs, LENGTHS, Q_STRIDES_, K_STRIDES_, V_STRIDES_, V_AT, HEADS, SHIFTED, BLOCKS_,
             )  # fmt: skip
         # Which tokens count is known before it is asked for: a copy does not wait for a mask.
-        keeps = kept(unit + (2 if AHEAD else 1) * step, end, key_mask_ptrs, LENGTHS, HEADS, KEY_MASKS_, BLOCKS_)
+        keeps = kept(unit + (2 if AHEAD else 1) * programs, end, key_mask_ptrs, LENGTHS, HEADS, KEY_MASKS_, BLOCKS_)
         gradients(
             (unit // HEADS).to(gl.int64), unit % HEADS, slot, smem, dq_ptrs, dk_ptrs, dv_ptrs, LENGTHS,
-            HEADS, SCALE, DQ_SCALE, DK_SCALE, BLOCKS_, QUERIES, MASKED,
+            HEADS, SCALE, DQ_SCALE, DK_SCALE, KEY_MASKS_, BLOCKS_, QUERIES,
         )  # fmt: skip
         if AHEAD:
             slot ^= 1

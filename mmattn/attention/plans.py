@@ -509,7 +509,7 @@ def hopper_short_backward(run, a, o, do, lse, dlse, gradients, static):
     constants = picked(constants, "V_AT", "HEADS", "SCALE", "SHIFTED", *masks) | gradient_scales(**static) | blocks
     # The next head does not fit beside one of six blocks, and beside one of five it gains nothing. Up to three, steps of half a
     # block were faster.
-    constants |= dict(TOTAL=total, MASKED=has_key_masks(a), QUERIES=TOKENS // 2 if total <= 3 else TOKENS, AHEAD=total <= 4)
+    constants |= dict(QUERIES=TOKENS // 2 if total <= 3 else TOKENS, AHEAD=total <= 4)
     outs = tuple(x for grads in gradients for x in grads)
     programs = min(B * H, 2 * run.target.sms)
     p = walking_plan(joint_attention_hopper_short_bwd_body, lengths(a), B, programs, outs, tuple(constants.items()))
