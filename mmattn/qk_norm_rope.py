@@ -200,6 +200,25 @@ def qk_norm_rope_fwd_body(
 
 
 @triton.jit
+def load_weight(ptr, first, second, there):
+    """Weights of both elements of each pair [1, PAIRS]."""
+    a = tl.load(ptr + first, mask=there, other=0.0).to(tl.float32)[None, :]
+    b = tl.load(ptr + second, mask=there, other=0.0).to(tl.float32)[None, :]
+    return a, b
+
+
+@triton.jit
+def unnormalise(x_a, x_b, u_a, u_b, weight_a, weight_b, part_a, part_b, WIDTH: tl.constexpr, EPS: tl.constexpr):
+    """Gradients of the pairs x, and the sums of u * n with these rows added."""
+    n_a, n_b, rstd = rms(x_a, x_b, WIDTH, EPS)
+    g_a = weight_a * u_a
+    g_b = weight_b * u_b
+    mean = (tl.sum(tl.fma(g_a, n_a, g_b * n_b), 1) * (1.0 / WIDTH))[:, None]
+    rstd = rstd[:, None]
+    return (g_a - n_a * mean) * rstd, (g_b - n_b * mean) * rstd, tl.fma(u_a, n_a, part_a), tl.fma(u_b, n_b, part_b)
+
+
+@triton.jit
 def norm_rows_backward(
     program, qkv_ptr, dq_ptr, dk_ptr, dv_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, start_ptr, key_mask_ptr, dqkv_ptr,
     q_part_ptr, k_part_ptr, LENGTH, SAMPLES, TABLE_SAMPLES, CHUNKS, BLOCKS,
@@ -207,7 +226,7 @@ def norm_rows_backward(
     POSITIONS: tl.constexpr, STARTED: tl.constexpr, INTERLEAVED: tl.constexpr, VALUE: tl.constexpr, KEY_MASK: tl.constexpr,
     ROWS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """One program of a stream: one chunk of a group's rows, q and k in turn."""
+    """One program of a stream: one chunk of a group's rows."""
     D: tl.constexpr = WIDTH * ROWS_PER_TOKEN
     rows_of_group = SAMPLES * LENGTH * ROWS_PER_TOKEN
     g = program // CHUNKS
@@ -215,48 +234,47 @@ def norm_rows_backward(
     first, second = pair_columns(tl.arange(0, PAIRS), WIDTH_HEAD, TURNED, INTERLEAVED)
     there = 2 * tl.arange(0, PAIRS) < WIDTH
     cols = tl.arange(0, 2 * PAIRS)
-    for part in tl.static_range(2):
-        x_ptr = qkv_ptr + part * D
-        dx_ptr = dqkv_ptr + part * D
-        weight = (k_weight_ptr if part else q_weight_ptr) + g.to(tl.int64) * WIDTH
-        weight_a = tl.load(weight + first, mask=there, other=0.0).to(tl.float32)[None, :]
-        weight_b = tl.load(weight + second, mask=there, other=0.0).to(tl.float32)[None, :]
-        part_a = tl.zeros((ROWS, PAIRS), tl.float32)
-        part_b = tl.zeros((ROWS, PAIRS), tl.float32)
-        for block in range(start, start + BLOCKS):
-            r = block * ROWS + tl.arange(0, ROWS)
-            inside = r < rows_of_group
-            token, b, row, packed = locate(r, g * SAMPLES * LENGTH, LENGTH, ROWS_PER_TOKEN, WIDTH)
-            keep = inside
-            if KEY_MASK:
-                keep = inside & (tl.load(key_mask_ptr + token, mask=inside, other=0) != 0)
-            x_a, x_b = load_pairs(x_ptr, packed, keep, WIDTH, WIDTH_HEAD, TURNED, INTERLEAVED, PAIRS)  # [ROWS, PAIRS]
-            u_a, u_b = load_pairs(dk_ptr if part else dq_ptr, row, inside, WIDTH, WIDTH_HEAD, TURNED, INTERLEAVED, PAIRS)
-            n_a, n_b, rstd = rms(x_a, x_b, WIDTH, EPS)
-            if TURNED:
-                c, s = load_rotation(
-                    cos_ptr, sin_ptr, start_ptr, b, token % LENGTH, inside, b // TABLE_SAMPLES * POSITIONS,
-                    WIDTH_HEAD, TURNED, STARTED, POSITIONS, PAIRS,
-                )  # fmt: skip
-                u_a, u_b = turn(u_a, u_b, c, -s)
-            part_a = tl.fma(u_a, n_a, part_a)
-            part_b = tl.fma(u_b, n_b, part_b)
-            g_a = weight_a * u_a
-            g_b = weight_b * u_b
-            mean = (tl.sum(tl.fma(g_a, n_a, g_b * n_b), 1) * (1.0 / WIDTH))[:, None]
-            d_a = (g_a - n_a * mean) * rstd[:, None]
-            d_b = (g_b - n_b * mean) * rstd[:, None]
-            store_pairs(dx_ptr, packed, inside, d_a, d_b, WIDTH, WIDTH_HEAD, TURNED, INTERLEAVED, PAIRS)
-            if part == 0:
-                whole = inside[:, None] & (cols < WIDTH)[None, :]
-                if VALUE:
-                    dv = tl.load(dv_ptr + row[:, None] + cols[None, :], mask=whole, other=0.0)
-                else:
-                    dv = tl.zeros((ROWS, 2 * PAIRS), dqkv_ptr.dtype.element_ty)
-                tl.store(dqkv_ptr + 2 * D + packed[:, None] + cols[None, :], dv, mask=whole)
-        part_ptr = (k_part_ptr if part else q_part_ptr) + program.to(tl.int64) * WIDTH
-        tl.store(part_ptr + first, tl.sum(part_a, 0), mask=there)
-        tl.store(part_ptr + second, tl.sum(part_b, 0), mask=there)
+    at = g.to(tl.int64) * WIDTH
+    q_weight_a, q_weight_b = load_weight(q_weight_ptr + at, first, second, there)
+    k_weight_a, k_weight_b = load_weight(k_weight_ptr + at, first, second, there)
+    q_part_a = tl.zeros((ROWS, PAIRS), tl.float32)
+    q_part_b = tl.zeros((ROWS, PAIRS), tl.float32)
+    k_part_a = tl.zeros((ROWS, PAIRS), tl.float32)
+    k_part_b = tl.zeros((ROWS, PAIRS), tl.float32)
+    for block in range(start, start + BLOCKS):
+        r = block * ROWS + tl.arange(0, ROWS)
+        inside = r < rows_of_group
+        token, b, row, packed = locate(r, g * SAMPLES * LENGTH, LENGTH, ROWS_PER_TOKEN, WIDTH)
+        keep = inside
+        if KEY_MASK:
+            keep = inside & (tl.load(key_mask_ptr + token, mask=inside, other=0) != 0)
+        # All of a block is asked for before any of it is used.
+        q_a, q_b = load_pairs(qkv_ptr, packed, keep, WIDTH, WIDTH_HEAD, TURNED, INTERLEAVED, PAIRS)  # [ROWS, PAIRS]
+        k_a, k_b = load_pairs(qkv_ptr + D, packed, keep, WIDTH, WIDTH_HEAD, TURNED, INTERLEAVED, PAIRS)
+        dq_a, dq_b = load_pairs(dq_ptr, row, inside, WIDTH, WIDTH_HEAD, TURNED, INTERLEAVED, PAIRS)
+        dk_a, dk_b = load_pairs(dk_ptr, row, inside, WIDTH, WIDTH_HEAD, TURNED, INTERLEAVED, PAIRS)
+        whole = inside[:, None] & (cols < WIDTH)[None, :]
+        if VALUE:
+            dv = tl.load(dv_ptr + row[:, None] + cols[None, :], mask=whole, other=0.0)
+        else:
+            dv = tl.zeros((ROWS, 2 * PAIRS), dqkv_ptr.dtype.element_ty)
+        if TURNED:
+            c, s = load_rotation(
+                cos_ptr, sin_ptr, start_ptr, b, token % LENGTH, inside, b // TABLE_SAMPLES * POSITIONS,
+                WIDTH_HEAD, TURNED, STARTED, POSITIONS, PAIRS,
+            )  # fmt: skip
+            dq_a, dq_b = turn(dq_a, dq_b, c, -s)
+            dk_a, dk_b = turn(dk_a, dk_b, c, -s)
+        tl.store(dqkv_ptr + 2 * D + packed[:, None] + cols[None, :], dv, mask=whole)
+        d_a, d_b, q_part_a, q_part_b = unnormalise(q_a, q_b, dq_a, dq_b, q_weight_a, q_weight_b, q_part_a, q_part_b, WIDTH, EPS)
+        store_pairs(dqkv_ptr, packed, inside, d_a, d_b, WIDTH, WIDTH_HEAD, TURNED, INTERLEAVED, PAIRS)
+        d_a, d_b, k_part_a, k_part_b = unnormalise(k_a, k_b, dk_a, dk_b, k_weight_a, k_weight_b, k_part_a, k_part_b, WIDTH, EPS)
+        store_pairs(dqkv_ptr + D, packed, inside, d_a, d_b, WIDTH, WIDTH_HEAD, TURNED, INTERLEAVED, PAIRS)
+    at = program.to(tl.int64) * WIDTH
+    tl.store(q_part_ptr + at + first, tl.sum(q_part_a, 0), mask=there)
+    tl.store(q_part_ptr + at + second, tl.sum(q_part_b, 0), mask=there)
+    tl.store(k_part_ptr + at + first, tl.sum(k_part_a, 0), mask=there)
+    tl.store(k_part_ptr + at + second, tl.sum(k_part_b, 0), mask=there)
 
 
 @triton.jit
@@ -416,12 +434,12 @@ def bwd_plan(
     values: tuple[bool, ...],
     key_masks: tuple[bool, ...],
 ) -> Plan:
-    meta = constants(streams, over, eps, started, layout, 2048)
+    meta = constants(streams, over, eps, started, layout, 512)
     meta |= {name_of("VALUES_", i): x for i, x in enumerate(values)}
     meta |= {name_of("KEY_MASKS_", i): x for i, x in enumerate(key_masks)}
     blocks = [cdiv(s.rows(meta["WIDTH"]), meta["ROWS"]) for s in streams]
     # As many programs as the GPU holds at once, so that few partial sums are left to add.
-    per_chunk = max(1, cdiv(sum(s.groups * b for s, b in zip(streams, blocks, strict=True)), 4 * target.sms))
+    per_chunk = max(1, cdiv(sum(s.groups * b for s, b in zip(streams, blocks, strict=True)), 6 * target.sms))
     chunks = tuple(cdiv(b, per_chunk) for b in blocks)
     parts = tuple(Spec((s.groups, c, meta["WIDTH"]), "float32") for s, c in zip(streams, chunks, strict=True))
     programs = tuple(s.groups * c for s, c in zip(streams, chunks, strict=True))
@@ -431,7 +449,7 @@ def bwd_plan(
         outs=(*(s.qkv for s in streams), *parts, *parts),
         ints=sizes(streams, programs, CHUNKS=chunks, BLOCKS=(per_chunk,) * len(streams)),
         meta=meta,
-        warps=min(16, max(1, meta["ROWS"] * meta["PAIRS"] // 512)),  # 32 elements a thread
+        warps=min(16, max(1, meta["ROWS"] * meta["PAIRS"] // 256)),  # 16 elements a thread
     )
 
 

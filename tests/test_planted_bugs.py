@@ -52,7 +52,7 @@ BUGS = [
     ),
     Bug("slope of tanh", "gated_residual_norm_adaln-lumina", FUSED, "dgate *= (", "dgate *= 1.0 + 0.0 * ("),
     Bug("gate forgotten", "gated_residual-37x48", "residual.py", "(gate[None, :] * dout)", "dout"),
-    Bug("rotation not undone", "qk_norm_rope-seed", ROPE, "turn(u_a, u_b, c, -s)", "turn(u_a, u_b, c, s)"),
+    Bug("rotation not undone", "qk_norm_rope-seed", ROPE, "turn(dk_a, dk_b, c, -s)", "turn(dk_a, dk_b, c, s)"),
     Bug("start position dropped", "qk_norm_rope-seed", ROPE, "    if STARTED:\n", "    if False:\n"),
     Bug(
         "first half done twice",
