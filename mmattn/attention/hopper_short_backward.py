@@ -36,6 +36,16 @@ if INSTALLED:
     SQUARE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
     TILE = gl.constexpr(gl.NVMMASharedLayout(32, 16, rank=2))
     SQUARE_TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
+    # HEAD with four neighbours a thread, so that four threads store a row, a whole sector of memory; products leave two a thread.
+    STORED = gl.constexpr(
+        gl.DistributedLinearLayout(
+            reg_bases=[[0, 1], [0, 2], [8, 0]],
+            lane_bases=[[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]],
+            warp_bases=[[16, 0], [32, 0]],
+            block_bases=[],
+            shape=[64, 16],
+        )
+    )
 
 
 @triton.constexpr_function
@@ -169,11 +179,12 @@ def stream_of(block, ptrs, LENGTHS, BLOCKS_):
 def store_tokens(block, x, batch, head, ptrs, LENGTHS, HEADS: gl.constexpr, BLOCKS_):
     """Store a block of 64 tokens of a head."""
     ptr, length, first = stream_of(block, ptrs, LENGTHS, BLOCKS_)
-    token = first + gl.arange(0, ROWS, gl.SliceLayout(1, HEAD))
-    cols = gl.arange(0, WIDTH, gl.SliceLayout(0, HEAD))
+    x = gl.convert_layout(x.to(ptr.dtype.element_ty), STORED)
+    token = first + gl.arange(0, ROWS, gl.SliceLayout(1, STORED))
+    cols = gl.arange(0, WIDTH, gl.SliceLayout(0, STORED))
     at = ptr + batch * length * (HEADS * WIDTH) + head * WIDTH
     mask = (token < length)[:, None]
-    gl.store(at + token[:, None] * (HEADS * WIDTH) + cols[None, :], x.to(ptr.dtype.element_ty), mask=mask)
+    gl.store(at + token[:, None] * (HEADS * WIDTH) + cols[None, :], x, mask=mask)
 
 
 @gluon.jit
