@@ -200,11 +200,9 @@ def test_the_backward_is_taken_where_it_is_faster(shape, kernels):
 VARIANTS = pytest.mark.parametrize("scale, constant", [(None, False), (1.0, False), (None, True)], ids=["torch", "folded", "jax"])
 
 
-def compiled_as(launch, scale: float | None, constant: bool, wide: int = 0):
-    """The launch as torch makes it; with this scale, as on a folded q, and its first `wide` outputs in float32; or, where
-    lengths are constant, as JAX does."""
-    outs = tuple(spec._replace(dtype="float32") if scale == 1.0 and i < wide else spec for i, spec in enumerate(launch.plan.outs))
-    plan = dataclasses.replace(launch.plan, outs=outs, meta={**launch.plan.meta, "SCALE": scale or launch.plan.meta["SCALE"]})
+def compiled_as(launch, scale: float | None, constant: bool):
+    """The launch as torch makes it; with this scale, as on a folded q; or, where lengths are constant, as JAX does."""
+    plan = dataclasses.replace(launch.plan, meta={**launch.plan.meta, "SCALE": scale or launch.plan.meta["SCALE"]})
     if constant:
         plan = dataclasses.replace(plan, ints={}, meta={**plan.meta, **plan.ints})
     return compiled(launch._replace(plan=plan), 90)
@@ -246,7 +244,7 @@ def test_code_of_the_backward(shape, scale, constant, any_size, tmp_path):
     between); a share is read before its slot is given back, added before that is counted; locks are acquired and released."""
     launch = backward(ghosts(attention(*shape), "bfloat16"), HOPPER)[1]
     n = len(shape) - 3
-    kernel = compiled_as(launch, scale, constant, wide=2 * n)
+    kernel = compiled_as(launch, scale, constant)
     assert kernel.metadata.shared <= TARGETS[90].shared
     _, spilled, instructions = machine_code(kernel, tmp_path)
     assert spilled <= SPILLED
@@ -274,7 +272,7 @@ def test_code_of_the_short_backward(lengths, scale, constant, masked, tmp_path):
     written."""
     masks = key_masks(lengths, ((1,) * 128,) * len(lengths)) if masked else {}
     (launch,) = backward(ghosts(attention(128, 8, 16, *lengths, **masks), "bfloat16"), TARGETS[90])
-    kernel = compiled_as(launch, scale, constant, wide=2 * len(lengths))
+    kernel = compiled_as(launch, scale, constant)
     assert 2 * (kernel.metadata.shared + 1024) <= TARGETS[90].shared + 1024  # of two programs; each takes 1 KB besides
     _, spilled, instructions = machine_code(kernel, tmp_path)
     assert spilled <= SPILLED

@@ -35,7 +35,7 @@ MEASURED = triton.__version__.startswith("3.7.")
 SPILLS = {
     80: dict(
         joint_attention_fwd=704,
-        joint_attention_bwd=96,
+        joint_attention_bwd=160,
         joint_attention_bwd_dkdv=896,
         joint_attention_bwd_dq=960,
         linear_attention_bwd=256,

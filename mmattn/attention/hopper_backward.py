@@ -34,7 +34,8 @@ KEYS = gl.constexpr(128)  # of a tile
 STAGES = gl.constexpr(3)  # blocks of queries in shared memory
 SLOTS = gl.constexpr(2)  # of what roles hand to one another: tiles, dS, shares of dq
 AHEAD = gl.constexpr(4)  # blocks by which permits to add to dq may be ahead of what is counted as added
-TOGETHER = gl.constexpr(32)  # heads whose tiles of keys take turns: programs that run at once seldom wait for one another
+TOGETHER = gl.constexpr(512)  # columns of heads whose tiles of keys take turns, so that programs that run at once seldom wait for
+# one another; what they read and add to stays in the second cache
 ROLES = gl.constexpr(6)  # that read which tiles there are
 KEY_REGISTERS = gl.constexpr(208)  # of a thread; the first warpgroup gets what the others leave, which must be as many
 QUERY_REGISTERS = gl.constexpr(72)
@@ -87,13 +88,14 @@ def tiles(LENGTHS, samples, HEADS: gl.constexpr):
 
 
 @gluon.jit
-def key_tile(tile, LENGTHS, samples, HEADS: gl.constexpr):
-    """Which (sample, head) pair a tile belongs to, and its number among the pair's tiles of keys; TOGETHER pairs take turns."""
+def key_tile(tile, LENGTHS, samples, HEADS: gl.constexpr, WIDTH: gl.constexpr):
+    """Which (sample, head) pair a tile belongs to, and its number among the pair's tiles of keys; pairs take turns."""
+    PAIRS: gl.constexpr = TOGETHER // WIDTH
     tiles_each = blocks_of(LENGTHS, KEYS)
-    group = tile // (TOGETHER * tiles_each)
-    width = gl.minimum(TOGETHER, HEADS * samples - group * TOGETHER)
-    rest = tile - group * (TOGETHER * tiles_each)
-    return group * TOGETHER + rest % width, rest // width
+    group = tile // (PAIRS * tiles_each)
+    turns = gl.minimum(PAIRS, HEADS * samples - group * PAIRS)
+    rest = tile - group * (PAIRS * tiles_each)
+    return group * PAIRS + rest % turns, rest // turns
 
 
 @gluon.jit
@@ -228,7 +230,7 @@ def key_side(
         release(k_ring, count)
         release(v_ring, count)
         # Asked for here alone, so that nothing of it takes registers in the loop.
-        pair, n = key_tile(take(work, count, 4), LENGTHS, samples, HEADS)
+        pair, n = key_tile(take(work, count, 4), LENGTHS, samples, HEADS, WIDTH)
         length = of_stream(n, LENGTHS, LENGTHS)
         first = first_key(n, LENGTHS) + HALF * ROWS
         to = (((pair // HEADS).to(gl.int64) * length + first) * HEADS + pair % HEADS) * WIDTH
@@ -262,7 +264,7 @@ def query_side(work, k_ring, ds_ring, shares, LENGTHS, samples, HEADS: gl.conste
     count = 0
     tile = take(work, count, 4)
     while tile < end:
-        n = key_tile(tile, LENGTHS, samples, HEADS)[1]
+        n = key_tile(tile, LENGTHS, samples, HEADS, WIDTH)[1]
         left = of_stream(n, LENGTHS, LENGTHS) - first_key(n, LENGTHS)
         await_full(k_ring, count)
         k = k_smem.index(count % k_smem.shape[0]).reshape([KEYS, WIDTH])
@@ -293,7 +295,10 @@ def query_side(work, k_ring, ds_ring, shares, LENGTHS, samples, HEADS: gl.conste
 
 
 @gluon.jit
-def keep_order(work, order, locks_ptr, LENGTHS, samples, HEADS: gl.constexpr, QUERIES: gl.constexpr, RECORD: gl.constexpr):
+def keep_order(
+    work, order, locks_ptr, LENGTHS, samples,
+    HEADS: gl.constexpr, WIDTH: gl.constexpr, QUERIES: gl.constexpr, RECORD: gl.constexpr,
+):  # fmt: skip
     """What two warps do for each block of dq: one permits an addition when the tiles before this one have been added, the other
     (RECORD) counts in the lock what has been added."""
     permitted, added, counted = order
@@ -303,7 +308,7 @@ def keep_order(work, order, locks_ptr, LENGTHS, samples, HEADS: gl.constexpr, QU
     count = 0
     tile = take(work, count, 1)
     while tile < end:
-        pair, n = key_tile(tile, LENGTHS, samples, HEADS)
+        pair, n = key_tile(tile, LENGTHS, samples, HEADS, WIDTH)
         for block in range(blocks):
             if RECORD:
                 mbarrier.wait(added.index(at % AHEAD), (at // AHEAD) & 1)
@@ -333,7 +338,7 @@ def add(work, shares, order, dq_ptrs, LENGTHS, samples, HEADS: gl.constexpr):
     count = 0
     tile = take(work, count, 1)
     while tile < end:
-        pair, n = key_tile(tile, LENGTHS, samples, HEADS)
+        pair, n = key_tile(tile, LENGTHS, samples, HEADS, WIDTH)
         batch = pair // HEADS
         column = pair % HEADS * WIDTH
         start = at
@@ -413,7 +418,7 @@ def produce(
         work[0].index(count % SLOTS).store(gl.full([1], tile, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
         announce(work, count)
         if tile < end:
-            pair, n = key_tile(tile, LENGTHS, samples, HEADS)
+            pair, n = key_tile(tile, LENGTHS, samples, HEADS, WIDTH)
             batch = pair // HEADS
             column = pair % HEADS * WIDTH
             fill_keys(ks, batch, n, column, k_ring, count, LENGTHS)
@@ -502,9 +507,9 @@ def joint_attention_hopper_bwd_body(
             (query_side, (work, k_ring, ds_ring, shares, LENGTHS, samples, HEADS, DQ_SCALE)),
             (produce, (work, k_ring, v_ring, q_ring, do_ring, statistics, q_ptrs, k_ptrs, v_ptrs, do_ptrs, statistics_ptrs,
                 locks_ptr, LENGTHS, samples, Q_STRIDES_, K_STRIDES_, V_STRIDES_, V_AT, HEADS)),
-            (keep_order, (work, order, locks_ptr, LENGTHS, samples, HEADS, QUERIES, False)),
+            (keep_order, (work, order, locks_ptr, LENGTHS, samples, HEADS, WIDTH, QUERIES, False)),
             (add, (work, shares, order, dq_ptrs, LENGTHS, samples, HEADS)),
-            (keep_order, (work, order, locks_ptr, LENGTHS, samples, HEADS, QUERIES, True)),
+            (keep_order, (work, order, locks_ptr, LENGTHS, samples, HEADS, WIDTH, QUERIES, True)),
         ],
         [4, 4, 1, 1, 1, 1],
         [KEY_REGISTERS, QUERY_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],

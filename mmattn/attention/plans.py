@@ -445,18 +445,22 @@ def is_single_pass(target: Target, a, causal: bool, scale: float) -> bool:
 
 
 def attention_backward(run, a, outs, residuals, douts, *, precision: str, wide: bool = False, **static):
-    """dq, dk, dv of every stream, from what attention_forward returned; wide: dq and dk in float32, for an op that goes on."""
+    """dq, dk, dv of every stream, from what attention_forward returned.
+
+    wide: an op goes on with dq and dk, so no launch rounds a sum that is float32 anyway, and nothing is float16, whose small
+    numbers are rounded most (docs/facts.md).
+    """
     n = len(a.q)
     o, do, dlse, lse, anys = outs[:n], douts[:n], douts[n:], residuals[:n], residuals[n:]
     static |= dict(precision=precision)
-    like = lambda xs: tuple(Spec(tuple(x.shape), "float32" if wide else spec(x).dtype) for x in xs)
+    like = lambda xs: tuple(Spec(tuple(x.shape), "float32" if wide and spec(x).dtype == "float16" else spec(x).dtype) for x in xs)
     gradients = like(a.q), like(a.k), tuple(Spec(tuple(x.shape), spec(a.v[0]).dtype) for x in a.k)
     if is_single_pass(run.target, a, static["causal"], static["scale"]):
         if short_backward_on_hopper(run.target, a, o, do):
             return hopper_short_backward(run, a, o, do, lse, dlse, gradients, static)
         return single_pass(run, a, o, do, lse, dlse, gradients, static)
     if backward_on_hopper(run.target, a, do, static["causal"]):
-        return hopper_backward(run, a, o, do, lse, dlse, gradients, static)
+        return hopper_backward(run, a, o, do, lse, dlse, gradients, wide, static)
     return two_passes(run, a, mask_inputs(a, anys), o, do, lse, dlse, gradients, static)
 
 
@@ -561,8 +565,8 @@ def backward_is_worthwhile(target: Target, lengths: tuple[int, ...], heads: int)
     return sum(lengths) >= MIDDLE and heads >= 8 and heads * tiles**2 >= 30 * target.sms
 
 
-def hopper_backward(run, a, o, do, lse, dlse, gradients, static):
-    """attention_backward in one pass over the scores. dq is summed in float32, and rounded by a launch of its own."""
+def hopper_backward(run, a, o, do, lse, dlse, gradients, wide: bool, static):
+    """attention_backward in one pass over the scores. dq is summed in float32, and unless `wide` rounded by a launch of its own."""
     B, _, H, d = a.q[0].shape
     n, queries = len(a.q), hopper_queries(d)
     locks = Spec((1 + B * H * sum(cdiv(L, queries) for L in lengths(a)),), "int32")
@@ -578,7 +582,7 @@ def hopper_backward(run, a, o, do, lse, dlse, gradients, static):
     p = walking_plan(joint_attention_hopper_bwd_body, lengths(a), B, programs, outs, tuple(constants.items()), aliases=aliases)
     results = tuple(run(p, *a.q, *a.k, *a.v, *do, *statistics, zeros))
     summed, dk, dv = results[:n], results[n : 2 * n], results[2 * n : 3 * n]
-    return summed if dq[0].dtype == "float32" else tuple(run(round_plan(lengths(a), dq), *summed)), dk, dv
+    return summed if wide else tuple(run(round_plan(lengths(a), dq), *summed)), dk, dv
 
 
 @cache
