@@ -22,6 +22,7 @@ from .tokens import (
 )
 
 PAD: tl.constexpr = tl.constexpr(128)  # rows of statistics are padded to a multiple of this, so that no load of them is masked
+PARTS: tl.constexpr = tl.constexpr(16)  # columns, for a product of the tensor cores, of which six are used
 
 
 @triton.jit
@@ -30,9 +31,9 @@ def padded(length, EXACT: tl.constexpr):
 
 
 @triton.jit
-def store_statistics(ptr, row, token, reach, shift, delta, inside, EXACT: tl.constexpr, APART: tl.constexpr):
+def store_statistics(ptr, row, token, reach, shift, delta, inside, EXACT: tl.constexpr):
     """What a score's gradient needs of its row: delta; or minus the shift, -inf for an empty row, and minus delta, side by
-    side, since a pair is fetched by one load and nothing is left to do to them for each tile. APART: in rows of their own.
+    side, since a pair is fetched by one load and nothing is left to do to them for each tile.
 
     `row` counts (sample, head) pairs, each of which has `reach` tokens."""
     delta = tl.where(shift == float("-inf"), 0.0, delta)
@@ -40,9 +41,31 @@ def store_statistics(ptr, row, token, reach, shift, delta, inside, EXACT: tl.con
         tl.store(ptr + row * reach + token, delta, mask=inside)
     else:
         minus_shift = tl.where(shift == float("-inf"), shift, -shift)
-        at = 2 * row * reach + (token if APART else 2 * token)
-        step = reach if APART else 1
-        tl.store(ptr + at[:, None] + step * tl.arange(0, 2)[None, :], tl.join(minus_shift, -delta), mask=inside[:, None])
+        pair = 2 * (row * reach + token)[:, None] + tl.arange(0, 2)[None, :]
+        tl.store(ptr + pair, tl.join(minus_shift, -delta), mask=inside[:, None])
+
+
+@triton.jit
+def part(x, NUMBER: tl.constexpr):
+    """The first, second or third of three numbers of bfloat16 that add up to x."""
+    for _ in tl.static_range(NUMBER):
+        x -= x.to(tl.bfloat16).to(tl.float32)
+    return x.to(tl.bfloat16)
+
+
+@triton.jit
+def store_parts(ptr, row, token, reach, shift, delta, inside, SCALE: tl.constexpr):
+    """Three parts of minus the shift divided by SCALE, then of minus delta, then zeros. An empty row's shift is finite, as it
+    may be multiplied by 0, and large enough for P to be 0."""
+    far: tl.constexpr = -3e38 if SCALE > 0 else 3e38
+    start = tl.where(shift == float("-inf"), far, -shift / SCALE)
+    minus_delta = tl.where(shift == float("-inf"), 0.0, -delta)
+    cols = tl.arange(0, PARTS)[None, :]
+    x = tl.zeros((row.shape[0], PARTS), tl.bfloat16)
+    for i in tl.static_range(3):
+        x = tl.where(cols == i, part(start, i)[:, None], x)
+        x = tl.where(cols == 3 + i, part(minus_delta, i)[:, None], x)
+    tl.store(ptr + (row * reach + token)[:, None] * PARTS + cols, x, mask=inside[:, None])
 
 
 @triton.jit
@@ -51,7 +74,7 @@ def attention_delta_body(
     do_ptrs,  # (B, L_s, H, d)
     lse_ptrs,  # (B, H, L_s) float32, as the forward wrote it
     dlse_ptrs,  # (B, H, L_s) float32
-    delta_ptrs,  # (B, H, padded L_s, 2) float32; EXACT: (B, H, L_s); LOCK_TOKENS: (B, H, 2, padded L_s)
+    delta_ptrs,  # (B, H, padded L_s, 2) float32; EXACT: (B, H, L_s); LOCK_TOKENS: (B, H, padded L_s, PARTS) bfloat16
     locks_ptr,  # LOCK_TOKENS: (1 + B * H * blocks of LOCK_TOKENS tokens,) int32, set to 0
     LENGTHS,
     HEADS,
@@ -59,6 +82,7 @@ def attention_delta_body(
     SHIFTED,  # whether dlse is given
     EXACT,
     LOCK_TOKENS,  # for joint_attention_hopper_bwd_body: tokens of a block of dq, which has a lock; else 0
+    SCALE,  # likewise: its own, by which a shift is divided
     ROWS,
     COLS,
 ):
@@ -97,7 +121,11 @@ def attention_delta_body(
                 delta -= tl.load(dlse_ptrs[t] + at, mask=real, other=0.0)
             shift = tl.load(lse_ptrs[t] + (2 * at if EXACT else at), mask=real, other=float("-inf"))
             pair, token = batch * HEADS + row % HEADS, row // HEADS
-            store_statistics(delta_ptrs[t], pair, token, reach, shift, delta, row < reach * HEADS, EXACT, LOCK_TOKENS > 0)
+            there = row < reach * HEADS
+            if LOCK_TOKENS:
+                store_parts(delta_ptrs[t], pair, token, reach, shift, delta, there, SCALE)
+            else:
+                store_statistics(delta_ptrs[t], pair, token, reach, shift, delta, there, EXACT)
         block -= here
 
 

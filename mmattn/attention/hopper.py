@@ -12,6 +12,7 @@ The softmax has no shift (see `forward`). A row that needs one has lse NaN here,
 from __future__ import annotations
 
 from .._gluon import async_load, gl, gluon, make_tensor_descriptor, mbarrier, warpgroup_mma, warpgroup_mma_wait
+from .backward import PARTS
 from .forward import LN2
 
 ROWS = gl.constexpr(64)  # queries of a consumer: what one wgmma multiplies
@@ -83,6 +84,14 @@ def exponentials(s, SCALE: gl.constexpr):
     if SCALE != 1.0:
         s = s * SCALE
     return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [s], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def ones_at(real, FIRST: gl.constexpr):
+    """Ones in columns FIRST to FIRST + 2 of the rows of real keys, else 0, as an operand of a product [rows, PARTS]: with the
+    parts of a number for each query, that number for each real key."""
+    cols = gl.arange(0, PARTS, gl.SliceLayout(0, real.type.layout.parent))[None, :]
+    return gl.where(real[:, None] & (cols >= FIRST) & (cols < FIRST + 3), 1.0, 0.0).to(gl.bfloat16)
 
 
 @gluon.jit

@@ -5,6 +5,9 @@ claims tiles and loads. Two warpgroups, the key side, hold dk and dv of 64 keys 
 third, the query side, multiplies it into the tile's share of dq, so that the other two meet at no block (Shah et al. 2024,
 arXiv:2407.08608, FlashAttention-3, whose warpgroups do).
 
+The tensor cores add lse to the scores and delta to dP, as three numbers of bfloat16 each, which hold the 24 bits of a float32,
+times ones: so they take no loads, no additions and no registers, and with ones for real keys alone nothing is masked.
+
 The tensor memory accelerator adds the shares to dq, and every block of dq is added to in the order of its tiles, so that dq is
 the same to the bit every time: for each block of queries of each head a lock counts the tiles that have been added. One warp
 waits for the locks, one has the accelerator add, one sets the locks. A tile waits only for tiles that were claimed before it,
@@ -26,16 +29,17 @@ from .._gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .backward import PAD
-from .hopper import announce, await_empty, await_full, barriers, blocks_of, descriptors, exponentials, release, ring
+from .backward import PAD, PARTS
+from .hopper import announce, await_empty, await_full, barriers, blocks_of, descriptors, exponentials, ones_at, release, ring
 
 ROWS = gl.constexpr(64)  # keys of a warpgroup: what one wgmma multiplies
 KEYS = gl.constexpr(128)  # of a tile
 STAGES = gl.constexpr(3)  # blocks of queries in shared memory
 SLOTS = gl.constexpr(2)  # of what roles hand to one another: tiles, dS, shares of dq
 AHEAD = gl.constexpr(4)  # blocks by which permits to add to dq may be ahead of what is counted as added
-TOGETHER = gl.constexpr(512)  # columns of heads whose tiles of keys take turns, so that programs that run at once seldom wait for
-# one another; what they read and add to stays in the second cache
+# Columns of all heads whose tiles of keys take turns: enough heads that programs seldom wait for one another, few enough that
+# what they read and add to stays in the second cache.
+TOGETHER = gl.constexpr(512)
 ROLES = gl.constexpr(6)  # that read which tiles there are
 KEY_REGISTERS = gl.constexpr(208)  # of a thread; the first warpgroup gets what the others leave, which must be as many
 QUERY_REGISTERS = gl.constexpr(72)
@@ -130,15 +134,6 @@ def first_key(tile, LENGTHS):
 
 
 @gluon.jit
-def shifted(s, minus_shift, SCALE: gl.constexpr):
-    """s SCALE - shift, the exponent of a probability."""
-    if SCALE == 1.0:
-        return s + minus_shift
-    else:
-        return gl.fma(s, gl.full_like(s, SCALE), minus_shift.broadcast_to(s.shape))
-
-
-@gluon.jit
 def store_keys(x, ptr, at, left, STRIDE: gl.constexpr):
     """Store the gradient of 64 keys, of which `left` are there."""
     layout: gl.constexpr = x.type.layout
@@ -159,32 +154,35 @@ def half_of_keys(ring, count, HALF: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def start_scores(k, q_ring, at, wanted=True):
-    """Start k q^T with the block of queries number `at`, when it has come; of some other block if it is not wanted."""
-    smem = q_ring[0]
+def start_product(keys, ring, at, parts, ones, wanted=True):
+    """Start keys x^T with x the ring's block number `at`, when it has come, plus what `ones` pick from the parts of each
+    of its queries; with some other block if it is not wanted."""
+    smem = ring[0]
     QUERIES: gl.constexpr = smem.shape[2]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUERIES, 16])
-    await_full(q_ring, at, wanted)
-    q = smem.index(at % STAGES).reshape([QUERIES, smem.shape[3]]).permute([1, 0])
-    return warpgroup_mma(k, q, gl.zeros([ROWS, QUERIES], gl.float32, layout), use_acc=False, is_async=True)
+    await_full(ring, at, wanted)
+    x = smem.index(at % STAGES).reshape([QUERIES, smem.shape[3]]).permute([1, 0])
+    there = parts.index(at % STAGES).reshape([QUERIES, PARTS]).permute([1, 0])
+    nothing = gl.zeros([ROWS, QUERIES], gl.float32, layout)
+    return warpgroup_mma(keys, x, warpgroup_mma(ones, there, nothing, use_acc=False, is_async=True), is_async=True)
 
 
 @gluon.jit
 def key_side(
-    work, k_ring, v_ring, q_ring, do_ring, statistics, ds_ring, dk_ptrs, dv_ptrs, LENGTHS, samples,
+    work, k_ring, v_ring, q_ring, do_ring, parts, ds_ring, dk_ptrs, dv_ptrs, LENGTHS, samples,
     HALF: gl.constexpr, HEADS: gl.constexpr, SCALE: gl.constexpr, DK_SCALE: gl.constexpr,
 ):  # fmt: skip
     """What a warpgroup of the key side does: dk and dv of 64 keys of every tile of the program."""
     q_smem, do_smem, ds_smem = q_ring[0], do_ring[0], ds_ring[0]
-    shift_smem, delta_smem = statistics
     QUERIES: gl.constexpr = q_smem.shape[2]
     WIDTH: gl.constexpr = q_smem.shape[3]
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUERIES, 16])
     key_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, key_layout, 2)
-    # With 64 queries a block, k and v read from shared memory for every product would keep the tensor cores waiting; with more
-    # the queries weigh more, with fewer dk and dv leave no registers.
-    k_layout: gl.constexpr = gl.DotOperandLayout(0, score_layout, 2) if QUERIES == 64 else None
+    operand_layout: gl.constexpr = gl.DotOperandLayout(0, score_layout, 2)
+    # With 64 queries a block, k and v read from shared memory for every product would keep the tensor cores waiting; registers
+    # hold one of them. With more, the queries weigh more; with fewer, dk and dv leave no registers.
+    v_layout: gl.constexpr = operand_layout if QUERIES == 64 else None
     EARLY: gl.constexpr = QUERIES < 128  # whether registers hold the next block's scores besides
     blocks = blocks_of(LENGTHS, QUERIES)
     end = tiles(LENGTHS, samples, HEADS)
@@ -194,34 +192,38 @@ def key_side(
     while tile < end:
         dk = gl.zeros([ROWS, WIDTH], gl.float32, key_layout)
         dv = gl.zeros([ROWS, WIDTH], gl.float32, key_layout)
+        # No ones for keys behind the end: their P is 2^0, their dP 0, and so their dS.
+        number = key_tile(tile, LENGTHS, samples, HEADS, WIDTH)[1]
+        left = of_stream(number, LENGTHS, LENGTHS) - first_key(number, LENGTHS) - HALF * ROWS
+        real = gl.arange(0, ROWS, gl.SliceLayout(1, operand_layout)) < left
+        shift_ones = ones_at(real, 0)
+        delta_ones = ones_at(real, 3)
         await_full(k_ring, count)
         await_full(v_ring, count)
-        k = half_of_keys(k_ring, count, HALF, k_layout)
-        v = half_of_keys(v_ring, count, HALF, k_layout)
+        k = half_of_keys(k_ring, count, HALF, None)
+        v = half_of_keys(v_ring, count, HALF, v_layout)
         if EARLY:
-            s = warpgroup_mma_wait(0, [start_scores(k, q_ring, at)])
+            s = warpgroup_mma_wait(0, [start_product(k, q_ring, at, parts, shift_ones)])
         for block in range(blocks):
             stage = at % STAGES
             q = q_smem.index(stage).reshape([QUERIES, WIDTH])
             do = do_smem.index(stage).reshape([QUERIES, WIDTH])
-            nothing = gl.zeros([ROWS, QUERIES], gl.float32, score_layout)
             if not EARLY:
-                scores = start_scores(k, q_ring, at)
-            await_full(do_ring, at)
-            dp = warpgroup_mma(v, do.permute([1, 0]), nothing, use_acc=False, is_async=True)
+                scores = start_product(k, q_ring, at, parts, shift_ones)
+            dp = start_product(v, do_ring, at, parts, delta_ones)
             if not EARLY:
-                s = warpgroup_mma_wait(1, [scores])
-            p = exponentials(shifted(s, shift_smem.index(stage).load(score_layout), SCALE), 1.0)
+                s = warpgroup_mma_wait(2, [scores])
+            p = exponentials(s, SCALE)
             dv = warpgroup_mma(gl.convert_layout(p.to(gl.bfloat16), p_layout), do, dv, is_async=True)
             dp = warpgroup_mma_wait(1, [dp])
-            ds = (p * (dp + delta_smem.index(stage).load(score_layout))).to(gl.bfloat16)
+            ds = (p * dp).to(gl.bfloat16)
             await_empty(ds_ring, at)
             ds_smem.index(at % SLOTS).slice(HALF * ROWS, ROWS).store(ds)
             fence_async_shared()
             dk = warpgroup_mma(gl.convert_layout(ds, p_layout), q, dk, is_async=True)
             announce(ds_ring, at)
             if EARLY:
-                scores = start_scores(k, q_ring, at + 1, block + 1 < blocks)
+                scores = start_product(k, q_ring, at + 1, parts, shift_ones, block + 1 < blocks)
                 dk, dv, s = warpgroup_mma_wait(0, [dk, dv, scores])
             else:
                 dk, dv = warpgroup_mma_wait(0, [dk, dv])
@@ -257,25 +259,18 @@ def query_side(work, k_ring, ds_ring, shares, LENGTHS, samples, HEADS: gl.conste
     ds_smem, smem = ds_ring[0], shares[0]
     QUERIES: gl.constexpr = smem.shape[2]
     WIDTH: gl.constexpr = smem.shape[3]
-    ds_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // QUERIES, QUERIES // 8], [4, 1], [1, 0])
     blocks = blocks_of(LENGTHS, QUERIES)
     end = tiles(LENGTHS, samples, HEADS)
     at = 0
     count = 0
     tile = take(work, count, 4)
     while tile < end:
-        n = key_tile(tile, LENGTHS, samples, HEADS, WIDTH)[1]
-        left = of_stream(n, LENGTHS, LENGTHS) - first_key(n, LENGTHS)
         await_full(k_ring, count)
         k = k_smem.index(count % k_smem.shape[0]).reshape([KEYS, WIDTH])
         for _ in range(blocks):
             slot = at % SLOTS
             await_full(ds_ring, at)
             ds = ds_smem.index(slot)
-            if left < KEYS:  # keys behind the end are 0, but their P may be infinite, and 0 times that is not 0
-                rows = gl.arange(0, KEYS, gl.SliceLayout(1, ds_layout))
-                ds.store(gl.where((rows < left)[:, None], ds.load(ds_layout), 0.0).to(gl.bfloat16))
-                fence_async_shared()
             # Where there are fewer queries than a wgmma has rows, the columns of k are its rows.
             dq = product(k.permute([1, 0]), ds) if QUERIES < ROWS else product(ds.permute([1, 0]), k)
             dq *= DQ_SCALE
@@ -365,12 +360,15 @@ def add(work, shares, order, dq_ptrs, LENGTHS, samples, HEADS: gl.constexpr):
 
 
 @gluon.jit
-def statistics_views(ptrs, LENGTHS, rows, QUERIES: gl.constexpr, LAYOUT: gl.constexpr):
-    """Per stream, what loads QUERIES numbers of a row of statistics."""
+def parts_views(ptrs, LENGTHS, pairs, QUERIES: gl.constexpr, LAYOUT: gl.constexpr):
+    """Per stream, what loads the parts of QUERIES queries of a pair."""
     views = ()
     for t in gl.static_range(len(ptrs)):
         padded = gl.cdiv(gl.to_tensor(LENGTHS[t]), PAD) * PAD
-        views = views + (make_tensor_descriptor(ptrs[t], [rows, padded], [padded.to(gl.int64), 1], [1, QUERIES], LAYOUT),)
+        shape = [pairs, padded, PARTS]
+        views = views + (
+            make_tensor_descriptor(ptrs[t], shape, [padded.to(gl.int64) * PARTS, PARTS, 1], [1, QUERIES, PARTS], LAYOUT),
+        )
     return views
 
 
@@ -389,17 +387,16 @@ def fill_keys(views, batch, n, column, ring, count, LENGTHS):
 
 @gluon.jit
 def produce(
-    work, k_ring, v_ring, q_ring, do_ring, statistics, q_ptrs, k_ptrs, v_ptrs, do_ptrs, statistics_ptrs, locks_ptr,
+    work, k_ring, v_ring, q_ring, do_ring, parts, q_ptrs, k_ptrs, v_ptrs, do_ptrs, parts_ptrs, locks_ptr,
     LENGTHS, samples, Q_STRIDES_, K_STRIDES_, V_STRIDES_, V_AT: gl.constexpr, HEADS: gl.constexpr,
 ):  # fmt: skip
     """What the producer does: claims tiles, and loads for each."""
     q_smem, q_full, _ = q_ring
     do_smem, do_full, _ = do_ring
-    shift_smem, delta_smem = statistics
     QUERIES: gl.constexpr = q_smem.shape[2]
     WIDTH: gl.constexpr = q_smem.shape[3]
     LAYOUT: gl.constexpr = q_smem.type.layout
-    FLAT: gl.constexpr = shift_smem.type.layout
+    PARTS_LAYOUT: gl.constexpr = parts.type.layout
     v_starts = ()
     for t in gl.static_range(len(v_ptrs)):
         v_starts = v_starts + (v_ptrs[t] + V_AT,)
@@ -407,7 +404,7 @@ def produce(
     dos = descriptors(do_ptrs, LENGTHS, each(LENGTHS, HEADS * WIDTH), samples, HEADS, WIDTH, QUERIES, LAYOUT)
     ks = descriptors(k_ptrs, LENGTHS, K_STRIDES_, samples, HEADS, WIDTH, KEYS, LAYOUT)
     vs = descriptors(v_starts, LENGTHS, V_STRIDES_, samples, HEADS, WIDTH, KEYS, LAYOUT)
-    rows = statistics_views(statistics_ptrs, LENGTHS, 2 * HEADS * samples, QUERIES, FLAT)
+    rows = parts_views(parts_ptrs, LENGTHS, HEADS * samples, QUERIES, PARTS_LAYOUT)
     end = tiles(LENGTHS, samples, HEADS)
     at = 0
     count = 0
@@ -427,12 +424,11 @@ def produce(
                 for first in range(0, LENGTHS[t], QUERIES):
                     stage = at % STAGES
                     await_empty(q_ring, at)
-                    mbarrier.expect(q_full.index(stage), QUERIES * (WIDTH * 2 + 4))
+                    mbarrier.expect(q_full.index(stage), QUERIES * (WIDTH + PARTS) * 2)
                     async_load(qs[t], [batch, first, column], q_full.index(stage), q_smem.index(stage))
-                    async_load(rows[t], [2 * pair, first], q_full.index(stage), shift_smem.index(stage))
-                    mbarrier.expect(do_full.index(stage), QUERIES * (WIDTH * 2 + 4))
+                    async_load(rows[t], [pair, first, 0], q_full.index(stage), parts.index(stage))
+                    mbarrier.expect(do_full.index(stage), QUERIES * WIDTH * 2)
                     async_load(dos[t], [batch, first, column], do_full.index(stage), do_smem.index(stage))
-                    async_load(rows[t], [2 * pair + 1, first], do_full.index(stage), delta_smem.index(stage))
                     at += 1
         count += 1
 
@@ -443,7 +439,7 @@ def joint_attention_hopper_bwd_body(
     k_ptrs,  # likewise
     v_ptrs,  # likewise
     do_ptrs,  # (B, L_s, H, d)
-    statistics_ptrs,  # (B, H, 2, padded L_s) float32: minus lse in base 2, and minus delta
+    parts_ptrs,  # (B, H, padded L_s, PARTS) bfloat16: three of minus lse in base 2, divided by SCALE, three of minus delta
     zeros_ptr,  # locks_ptr again
     dq_ptrs,  # (B, L_s, H, d) float32
     dk_ptrs,  # (B, L_s, H, d)
@@ -467,7 +463,7 @@ def joint_attention_hopper_bwd_body(
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(min(128, 2 * WIDTH), 16, rank=3)
     DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(min(128, 2 * QUERIES), 16, rank=2)
     SHARE_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(min(128, 4 * WIDTH), 32, rank=3)
-    FLAT: gl.constexpr = gl.NVMMASharedLayout(0, 32, rank=2)
+    PARTS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(2 * PARTS, 16, rank=3)
     work = (
         gl.allocate_shared_memory(gl.int32, [SLOTS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
         barriers(SLOTS, 1),
@@ -477,10 +473,7 @@ def joint_attention_hopper_bwd_body(
     v_ring = ring(TILES, KEYS, WIDTH, 2)
     q_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, QUERIES, WIDTH], LAYOUT)
     do_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, QUERIES, WIDTH], LAYOUT)
-    statistics = (
-        gl.allocate_shared_memory(gl.float32, [STAGES, 1, QUERIES], FLAT),
-        gl.allocate_shared_memory(gl.float32, [STAGES, 1, QUERIES], FLAT),
-    )
+    parts = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, QUERIES, PARTS], PARTS_LAYOUT)
     q_full = barriers(STAGES, 1)
     do_full = barriers(STAGES, 1)
     both_empty = barriers(STAGES, 2)
@@ -500,12 +493,12 @@ def joint_attention_hopper_bwd_body(
     samples = SAMPLES[0]
     gl.warp_specialize(
         [
-            (key_side, (work, k_ring, v_ring, q_ring, do_ring, statistics, ds_ring, dk_ptrs, dv_ptrs, LENGTHS, samples,
+            (key_side, (work, k_ring, v_ring, q_ring, do_ring, parts, ds_ring, dk_ptrs, dv_ptrs, LENGTHS, samples,
                 0, HEADS, SCALE, DK_SCALE)),
-            (key_side, (work, k_ring, v_ring, q_ring, do_ring, statistics, ds_ring, dk_ptrs, dv_ptrs, LENGTHS, samples,
+            (key_side, (work, k_ring, v_ring, q_ring, do_ring, parts, ds_ring, dk_ptrs, dv_ptrs, LENGTHS, samples,
                 1, HEADS, SCALE, DK_SCALE)),
             (query_side, (work, k_ring, ds_ring, shares, LENGTHS, samples, HEADS, DQ_SCALE)),
-            (produce, (work, k_ring, v_ring, q_ring, do_ring, statistics, q_ptrs, k_ptrs, v_ptrs, do_ptrs, statistics_ptrs,
+            (produce, (work, k_ring, v_ring, q_ring, do_ring, parts, q_ptrs, k_ptrs, v_ptrs, do_ptrs, parts_ptrs,
                 locks_ptr, LENGTHS, samples, Q_STRIDES_, K_STRIDES_, V_STRIDES_, V_AT, HEADS)),
             (keep_order, (work, order, locks_ptr, LENGTHS, samples, HEADS, WIDTH, QUERIES, False)),
             (add, (work, shares, order, dq_ptrs, LENGTHS, samples, HEADS)),

@@ -25,7 +25,7 @@ from .._gluon import (
     warpgroup_mma_wait,
 )
 from .._triton import triton
-from .hopper import exponentials
+from .hopper import exponentials, ones_at
 
 ROWS = gl.constexpr(64)  # tokens of a block: what one wgmma multiplies
 WIDTH = gl.constexpr(16)
@@ -63,13 +63,6 @@ def with_columns(x, number, FIRST: gl.constexpr):
         number -= part.to(gl.float32)
         x = gl.where(cols == FIRST + i, part[:, None], x)
     return x
-
-
-@gluon.jit
-def ones_at(real, FIRST: gl.constexpr):
-    """Ones in columns FIRST to FIRST + 2 of the rows of keys that are real, as an operand of a product."""
-    cols = gl.arange(0, WIDTH, gl.SliceLayout(0, real.type.layout.parent))[None, :]
-    return gl.where(real[:, None] & (cols >= FIRST) & (cols < FIRST + 3), 1.0, 0.0).to(gl.bfloat16)
 
 
 @gluon.jit

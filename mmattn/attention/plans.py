@@ -8,7 +8,14 @@ from functools import cache
 from .. import tuned
 from ..op import UNUSED, Plan, Spec, Target, aligned, cdiv, next_power_of_2, row_stride, spec
 from ..streams import integers, over_streams
-from .backward import PAD, attention_delta_body, attention_round_body, joint_attention_bwd_dkdv_body, joint_attention_bwd_dq_body
+from .backward import (
+    PAD,
+    PARTS,
+    attention_delta_body,
+    attention_round_body,
+    joint_attention_bwd_dkdv_body,
+    joint_attention_bwd_dq_body,
+)
 from .forward import joint_attention_fwd_body, joint_attention_repair_body
 from .hopper import CONSUMERS, ROWS, joint_attention_hopper_body
 from .hopper_backward import KEYS, joint_attention_hopper_bwd_body
@@ -190,8 +197,9 @@ def delta_plan(
     exact: bool,
     lock_tokens: int = 0,
     locks: Spec = UNUSED,
+    scale: float = 0.0,
 ) -> Plan:
-    """lock_tokens, locks: the queries of a block and the locks of joint_attention_hopper_bwd_body."""
+    """lock_tokens, locks, scale: the queries of a block, the locks and the SCALE of joint_attention_hopper_bwd_body."""
     cols = next_power_of_2(d)
     rows = max(1, 2048 // cols)
     reach = [L if exact else cdiv(L, PAD.value) * PAD.value for L in lengths]
@@ -200,7 +208,16 @@ def delta_plan(
         grid=(statistics[0].shape[0] * sum(cdiv(L * H, rows) for L in reach),),
         outs=(*statistics, locks),
         ints=integers(LENGTHS=lengths),
-        meta=dict(HEADS=H, WIDTH=d, SHIFTED=shifted, EXACT=exact, LOCK_TOKENS=lock_tokens, ROWS=rows, COLS=cols),
+        meta=dict(
+            HEADS=H,
+            WIDTH=d,
+            SHIFTED=shifted,
+            EXACT=exact,
+            LOCK_TOKENS=lock_tokens,
+            SCALE=scale,
+            ROWS=rows,
+            COLS=cols,
+        ),
         warps=4,
     )
 
@@ -459,7 +476,7 @@ def attention_backward(run, a, outs, residuals, douts, *, precision: str, wide: 
         if short_backward_on_hopper(run.target, a, o, do):
             return hopper_short_backward(run, a, o, do, lse, dlse, gradients, static)
         return single_pass(run, a, o, do, lse, dlse, gradients, static)
-    if backward_on_hopper(run.target, a, do, static["causal"]):
+    if backward_on_hopper(run.target, a, do, static["causal"], static["scale"]):
         return hopper_backward(run, a, o, do, lse, dlse, gradients, wide, static)
     return two_passes(run, a, mask_inputs(a, anys), o, do, lse, dlse, gradients, static)
 
@@ -550,10 +567,10 @@ def hopper_queries(d: int) -> int:
     return min(128, 4096 // d)
 
 
-def backward_on_hopper(target: Target, a, do, causal: bool) -> bool:
-    """Whether the backward takes the kernel for Hopper."""
+def backward_on_hopper(target: Target, a, do, causal: bool, scale: float) -> bool:
+    """Whether the backward takes the kernel for Hopper, which divides by the scale."""
     B, _, H, d = a.q[0].shape
-    if d not in (16, 32, 64, 128) or not for_hopper(target, a, causal, *do):
+    if d not in (16, 32, 64, 128) or abs(scale) < 1e-6 or not for_hopper(target, a, causal, *do):
         return False
     return backward_is_worthwhile(target, lengths(a), B * H)
 
@@ -566,21 +583,21 @@ def backward_is_worthwhile(target: Target, lengths: tuple[int, ...], heads: int)
 
 
 def hopper_backward(run, a, o, do, lse, dlse, gradients, wide: bool, static):
-    """attention_backward in one pass over the scores. dq is summed in float32, and unless `wide` rounded by a launch of its own."""
+    """attention_backward in one pass over the scores. dq is summed in float32; a launch rounds it if not `wide`."""
     B, _, H, d = a.q[0].shape
     n, queries = len(a.q), hopper_queries(d)
     locks = Spec((1 + B * H * sum(cdiv(L, queries) for L in lengths(a)),), "int32")
-    rows = tuple(Spec((B, H, 2, x.shape[2]), x.dtype) for x in statistics_specs(a))
-    first = delta_plan(lengths(a), rows, H, d, bool(dlse), False, queries, locks)
-    *statistics, zeros = run(first, *o, *do, *lse, *(dlse or lse))
     constants, _, _ = meta(run.target, a, "fwd", **static)
     constants = picked(constants, "V_AT", "HEADS", "WIDTH", "SCALE") | gradient_scales(**static) | dict(QUERIES=queries)
+    rows = tuple(Spec((*x.shape[:3], PARTS.value), "bfloat16") for x in statistics_specs(a))
+    first = delta_plan(lengths(a), rows, H, d, bool(dlse), False, queries, locks, constants["SCALE"])
+    *parts, zeros = run(first, *o, *do, *lse, *(dlse or lse))
     dq, dk, dv = gradients
     sums = tuple(Spec(x.shape, "float32") for x in dq)
     outs, aliases = (*sums, *dk, *dv, locks), ((3 * n, 5 * n),)
     programs = min(run.target.sms, B * H * sum(cdiv(L, KEYS.value) for L in lengths(a)))
     p = walking_plan(joint_attention_hopper_bwd_body, lengths(a), B, programs, outs, tuple(constants.items()), aliases=aliases)
-    results = tuple(run(p, *a.q, *a.k, *a.v, *do, *statistics, zeros))
+    results = tuple(run(p, *a.q, *a.k, *a.v, *do, *parts, zeros))
     summed, dk, dv = results[:n], results[n : 2 * n], results[2 * n : 3 * n]
     return summed if wide else tuple(run(round_plan(lengths(a), dq), *summed)), dk, dv
 
