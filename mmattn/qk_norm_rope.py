@@ -438,7 +438,7 @@ def bwd_plan(
     meta |= {name_of("VALUES_", i): x for i, x in enumerate(values)}
     meta |= {name_of("KEY_MASKS_", i): x for i, x in enumerate(key_masks)}
     blocks = [cdiv(s.rows(meta["WIDTH"]), meta["ROWS"]) for s in streams]
-    # As many programs as the GPU holds at once, so that few partial sums are left to add.
+    # As many programs as the GPU holds at once where rows are short, so that few partial sums are left to add.
     per_chunk = max(1, cdiv(sum(s.groups * b for s, b in zip(streams, blocks, strict=True)), 6 * target.sms))
     chunks = tuple(cdiv(b, per_chunk) for b in blocks)
     parts = tuple(Spec((s.groups, c, meta["WIDTH"]), "float32") for s, c in zip(streams, chunks, strict=True))

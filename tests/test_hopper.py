@@ -121,7 +121,18 @@ def test_which_calls_take_it(case, dtype, target, kernels, any_size):
 )
 def test_which_backwards_take_it(case, target, kernels, any_size):
     taken = names(ghosts(case, "bfloat16"), target, backward)
-    assert taken == kernels if kernels else taken[:2] == BACKWARD[:2] and BACKWARD[2] not in taken  # the norm wants float32
+    assert (
+        taken == kernels if kernels else taken[:2] == BACKWARD[:2] and BACKWARD[2] not in taken
+    )  # the norm takes sums as they are
+
+
+@pytest.mark.parametrize("dtype, dq, dk", [("bfloat16", "float32", "bfloat16"), ("float16", "float32", "float32")])
+def test_what_the_norm_is_given(dtype, dq, dk, any_size):
+    """A sum of float32 as it is; float16 is kept from rounding."""
+    case = Case("qk_norm_rope_attention", "given", projections(1, 2, 64, 130, 128, over="head"), dict(over="head"))
+    *_, norm, _ = backward(ghosts(case, dtype), HOPPER)
+    n = 2
+    assert [x.dtype for x in norm.inputs[n : 4 * n]] == [dq] * n + [dk] * n + [dtype] * n
 
 
 def test_each_backward_resets_the_locks(any_size):
@@ -241,8 +252,8 @@ def test_code(shape, scale, constant, any_size, tmp_path):
 def test_code_of_the_backward(shape, scale, constant, any_size, tmp_path):
     """Products do not wait for one another, and hardly a register is spilled. What orders the roles is there, which no result
     need show: what a warpgroup writes for wgmma or the accelerator to read, dS of either half of the keys and a share, is made
-    visible to them, and by all threads before one says that it is there (Triton puts the barrier in
-    between); a share is read before its slot is given back, added before that is counted; locks are acquired and released."""
+    visible to them, and by all threads before one says that it is there (Triton puts the barrier in between); a share is read
+    before its slot is given back, added before that is counted; locks are acquired and released."""
     launch = backward(ghosts(attention(*shape), "bfloat16"), HOPPER)[1]
     n = len(shape) - 3
     kernel = compiled_as(launch, scale, constant)
@@ -337,6 +348,8 @@ def backward_stand_in(plan: Plan, operands, outs) -> None:
     parts = np.concatenate([wide(x)[:, :, : y.shape[1]] for x, y in zip(operands[4 * n : 5 * n], operands[:n], strict=True)], 2)
     shift, minus_delta = parts[..., :3].sum(-1), parts[..., 3:6].sum(-1)
     assert not parts[..., 6:].any()
+    behind = [wide(x)[:, :, y.shape[1] :, :3].sum(-1) for x, y in zip(operands[4 * n : 5 * n], operands[:n], strict=True)]
+    assert all((x * meta["SCALE"] < -1e30).all() for x in behind)  # P is 0 there
     assert not wide(operands[5 * n]).any()
     narrow = lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32)
     p = np.exp2((np.einsum("blhd,bmhd->bhlm", q, k) + shift[..., None]) * np.float32(meta["SCALE"]))
@@ -377,6 +390,7 @@ def very_low(B: int, H: int, d: int, *lengths: int) -> dict:
 SMALL = [  # rows in range, some out of it, all
     joint("in-range", heads(1, 1, 64, 130, 128), return_lse=True),
     joint("in-range-32", heads(1, 1, 32, 130, 128)),
+    joint("negative-scale-32", heads(1, 1, 32, 130, 128), scale=-0.3),
     joint("over-the-gate-330", heads(1, 1, 64, 330, qk=dict(std=3.8)), return_lse=True),
     joint("far-over-the-gate", heads(1, 2, 64, 130, 128, qk=dict(std=5.0))),
     fused("packed", projections(1, 2, 64, 130, 128, over="head")),
@@ -390,7 +404,7 @@ LARGE = [
     joint("views", packed(2, 2, 64, 333, 128)),
     joint("over-the-gate-128", heads(2, 2, 128, 333, 257, qk=dict(std=3.6)), return_lse=True),
     joint("huge-logits-700", far | dict(k=tuple(leaf._replace(mean=60.0) for leaf in far["k"]))),
-    # Rows whose log-sum-exp is below -128, so that keys of 0 behind the end have an infinite P.
+    # Rows whose log-sum-exp is below -128, so that keys of 0 behind the end would have an infinite P.
     joint("very-low-logits", very_low(1, 2, 64, 700)),
     joint("one-block", heads(2, 2, 16, 128), scale=-0.3),  # the launch that keeps heads takes no scale below 0
     joint("many-tiles", heads(2, 24, 128, 1300, 333)),
@@ -499,17 +513,17 @@ def test_backward_of_short_heads(case, launched):
 
 @ON_GPU
 @pytest.mark.parametrize("d", [16, 32, 128])
-def test_tails_behind_which_p_is_infinite(d, framework, launched, monkeypatch):
-    """Against the two kernels that mask them. float64 is too far from both to tell: a mean of k that sums of dS k must cancel
-    leaves little of dq."""
+def test_tails_of_very_low_rows(d, framework, launched, monkeypatch):
+    """P behind the end would be infinite if lse were taken from it. Against the two kernels that mask it: float64 is too far from
+    both to tell, since a mean of k that sums of dS k must cancel leaves little of dq."""
     case = joint(f"very-low-logits-{d}", very_low(1, 2, d, 333, 700))
-    masked, plain = [], []
-    for results, taken in ((masked, True), (plain, False)):
+    one, two = [], []
+    for results, taken in ((one, True), (two, False)):
         monkeypatch.setattr(plans, "backward_is_worthwhile", lambda *problem, taken=taken: taken)
         getattr(framework.ops._bind, "forget", lambda: None)()  # the launches that torch remembers
         results += sorted(frameworks.call(framework, case, "bfloat16").values.items())
     assert {BACKWARD[1], PLAIN_BACKWARD[1]} < set(launched)
-    for (name, x), (_, y) in zip(masked, plain, strict=True):
+    for (name, x), (_, y) in zip(one, two, strict=True):
         assert np.linalg.norm(x - y) <= 5e-2 * np.linalg.norm(y), name
 
 

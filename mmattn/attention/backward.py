@@ -1,5 +1,5 @@
 """Backward kernels of joint attention: delta, then dq per block of queries, then dk and dv per block of keys; and what the one
-for Hopper needs besides, locks and the rounding of dq."""
+for Hopper needs besides: lse and delta in parts, locks, and the rounding of dq."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .tokens import (
 )
 
 PAD: tl.constexpr = tl.constexpr(128)  # rows of statistics are padded to a multiple of this, so that no load of them is masked
-PARTS: tl.constexpr = tl.constexpr(16)  # columns, for a product of the tensor cores, of which six are used
+PARTS: tl.constexpr = tl.constexpr(16)  # columns of lse and delta in parts: what a product takes at least; six are used
 
 
 @triton.jit

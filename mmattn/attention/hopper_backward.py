@@ -6,7 +6,7 @@ third, the query side, multiplies it into the tile's share of dq, so that the ot
 arXiv:2407.08608, FlashAttention-3, whose warpgroups do).
 
 The tensor cores add lse to the scores and delta to dP, as three numbers of bfloat16 each, which hold the 24 bits of a float32,
-times ones: so they take no loads, no additions and no registers, and with ones for real keys alone nothing is masked.
+times ones: so they take no loads, no additions and hardly a register, and with ones for real keys alone nothing is masked.
 
 The tensor memory accelerator adds the shares to dq, and every block of dq is added to in the order of its tiles, so that dq is
 the same to the bit every time: for each block of queries of each head a lock counts the tiles that have been added. One warp
@@ -231,7 +231,7 @@ def key_side(
             at += 1
         release(k_ring, count)
         release(v_ring, count)
-        # Asked for here alone, so that nothing of it takes registers in the loop.
+        # Asked for again, so that nothing of it takes registers in the loop.
         pair, n = key_tile(take(work, count, 4), LENGTHS, samples, HEADS, WIDTH)
         length = of_stream(n, LENGTHS, LENGTHS)
         first = first_key(n, LENGTHS) + HALF * ROWS

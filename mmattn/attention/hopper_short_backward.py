@@ -28,7 +28,7 @@ from .._triton import triton
 from .hopper import exponentials, ones_at
 
 ROWS = gl.constexpr(64)  # tokens of a block: what one wgmma multiplies
-WIDTH = gl.constexpr(16)
+WIDTH = gl.constexpr(16)  # of a head, and of rows of parts
 if INSTALLED:
     CHUNKS = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0]))  # of a tile, 16 bytes a thread
     HEAD = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16]))  # of a product that is a tile

@@ -464,7 +464,7 @@ def is_single_pass(target: Target, a, causal: bool, scale: float) -> bool:
 def attention_backward(run, a, outs, residuals, douts, *, precision: str, wide: bool = False, **static):
     """dq, dk, dv of every stream, from what attention_forward returned.
 
-    wide: an op goes on with dq and dk, so no launch rounds a sum that is float32 anyway, and nothing is float16, whose small
+    wide: an op goes on with dq and dk, so no launch rounds a sum that is float32 anyway, and neither is float16, whose small
     numbers are rounded most (docs/facts.md).
     """
     n = len(a.q)
