@@ -208,16 +208,7 @@ def delta_plan(
         grid=(statistics[0].shape[0] * sum(cdiv(L * H, rows) for L in reach),),
         outs=(*statistics, locks),
         ints=integers(LENGTHS=lengths),
-        meta=dict(
-            HEADS=H,
-            WIDTH=d,
-            SHIFTED=shifted,
-            EXACT=exact,
-            LOCK_TOKENS=lock_tokens,
-            SCALE=scale,
-            ROWS=rows,
-            COLS=cols,
-        ),
+        meta=dict(HEADS=H, WIDTH=d, SHIFTED=shifted, EXACT=exact, LOCK_TOKENS=lock_tokens, SCALE=scale, ROWS=rows, COLS=cols),
         warps=4,
     )
 
@@ -453,11 +444,14 @@ def repair_plan(lengths: tuple[int, ...], outs: tuple[Spec, ...], constants: tup
     )
 
 
+LEAST_SCALE = 1e-6  # that a kernel may divide lse by
+
+
 def is_single_pass(target: Target, a, causal: bool, scale: float) -> bool:
     """Whether one launch does the backward: dq of all queries of a head must fit the registers of a program, on sm_100 its tensor
     memory, where more compiles to a trap without a word. It divides by the scale."""
     columns = max(16, next_power_of_2(a.q[0].shape[3])) * sum(blocks_of(a).values())
-    plain = a.attn_mask is None and not causal and scale > 1e-6 and heads_per_key(a) == 1
+    plain = a.attn_mask is None and not causal and scale > LEAST_SCALE and heads_per_key(a) == 1
     return columns <= (48 if target.arch >= 100 else 96) and spec(a.v[0]).dtype == "bfloat16" and plain
 
 
@@ -570,7 +564,7 @@ def hopper_queries(d: int) -> int:
 def backward_on_hopper(target: Target, a, do, causal: bool, scale: float) -> bool:
     """Whether the backward takes the kernel for Hopper, which divides by the scale."""
     B, _, H, d = a.q[0].shape
-    if d not in (16, 32, 64, 128) or abs(scale) < 1e-6 or not for_hopper(target, a, causal, *do):
+    if d not in (16, 32, 64, 128) or abs(scale) < LEAST_SCALE or not for_hopper(target, a, causal, *do):
         return False
     return backward_is_worthwhile(target, lengths(a), B * H)
 
