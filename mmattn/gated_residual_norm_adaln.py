@@ -290,9 +290,9 @@ def variant(meta: tuple) -> str:
 
 
 @cache
-def fwd_plan(target: Target, x: Spec, G: int, meta: tuple) -> Plan:
+def fwd_plan(target: Target, x: Spec, h: Spec, G: int, meta: tuple) -> Plan:
     B, L, D = x.shape
-    c = config("gated_residual_norm_adaln_fwd", variant(meta), x, target)
+    c = config("gated_residual_norm_adaln_fwd", variant(meta), (x, h), target)
     chunks, blocks = split(target, B, cdiv(L, c.rows), c)
     return Plan(
         gated_residual_norm_adaln_fwd_kernel,
@@ -310,11 +310,11 @@ def sums_are_gradients(chunks: int, flags: dict) -> bool:
 
 
 @cache
-def bwd_plan(target: Target, x: Spec, G: int, meta: tuple, vectors: tuple[Spec, ...]) -> Plan:
+def bwd_plan(target: Target, x: Spec, h: Spec, G: int, meta: tuple, vectors: tuple[Spec, ...]) -> Plan:
     """vectors: the gradients of gate, scale and shift. A launch that leaves them to the second kernel has outputs of their
     dtypes anyway, so that one compiled kernel serves every number of chunks."""
     B, L, D = x.shape
-    c = config("gated_residual_norm_adaln_bwd", variant(meta), x, target)
+    c = config("gated_residual_norm_adaln_bwd", variant(meta), (x, h, x, x), target)
     chunks, blocks = split(target, B, cdiv(L, c.rows), c, sums=True)
     flags = dict(meta)
     part = Spec((B, chunks, D), "float32")
@@ -326,7 +326,7 @@ def bwd_plan(target: Target, x: Spec, G: int, meta: tuple, vectors: tuple[Spec, 
     return Plan(
         gated_residual_norm_adaln_bwd_kernel,
         grid=(B * chunks,),
-        outs=(x, x, *vectors, *sums),
+        outs=(x, h, *vectors, *sums),
         ints=dict(TOKENS=L, CHUNKS=chunks, BLOCKS=blocks, GROUP=B // G),
         meta=dict(WIDTH=D, **flags, **tile(D, c), STAGES=c.stages),
         warps=c.warps,
@@ -357,7 +357,8 @@ def infer(a, **_):
 def forward(run, a, **static):
     vectors = [a.residual if v is None else v for v in (a.gate, a.scale, a.shift, a.h_weight)]
     meta = constants(a, static, gated_residual_norm_adaln_fwd_kernel)
-    return run(fwd_plan(run.target, spec(a.residual), number_of_groups(a), meta), a.residual, a.h, *vectors), ()
+    plan = fwd_plan(run.target, spec(a.residual), spec(a.h), number_of_groups(a), meta)
+    return run(plan, a.residual, a.h, *vectors), ()
 
 
 def backward(run, a, outs, extras, douts, **static):
@@ -366,7 +367,8 @@ def backward(run, a, outs, extras, douts, **static):
     scale, h_weight = (a.residual if v is None else v for v in (a.scale, a.h_weight))
     wanted = dict(gate=a.gate, scale=a.scale, shift=a.shift)
     specs = [UNUSED if v is None else gradient_spec(v, static[f"{name}_row"]) for name, v in wanted.items()]
-    plan = bwd_plan(run.target, spec(a.residual), G, constants(a, static, gated_residual_norm_adaln_bwd_kernel), tuple(specs))
+    meta = constants(a, static, gated_residual_norm_adaln_bwd_kernel)
+    plan = bwd_plan(run.target, spec(a.residual), spec(a.h), G, meta, tuple(specs))
     dresidual, dh, *rest = run(plan, a.residual, a.h, a.gate, scale, h_weight, dr, dy)
     vectors, sums = rest[:3], rest[3:]
     dh_weight = None

@@ -81,7 +81,7 @@ def gate_meta(gate, row: int | None) -> tuple:
 @cache
 def fwd_plan(x: Spec, row: tuple) -> Plan:
     B, L, D = x.shape
-    c = config("gated_residual_fwd", None, x, Target())
+    c = config("gated_residual_fwd", None, (x,), Target())
     return Plan(
         gated_residual_fwd_kernel,
         grid=(B * cdiv(L, c.rows),),
@@ -93,14 +93,14 @@ def fwd_plan(x: Spec, row: tuple) -> Plan:
 
 
 @cache
-def bwd_plan(target: Target, x: Spec, row: tuple) -> Plan:
-    B, L, D = x.shape
-    c = config("gated_residual_bwd", None, x, target)
+def bwd_plan(target: Target, h: Spec, row: tuple) -> Plan:
+    B, L, D = h.shape
+    c = config("gated_residual_bwd", None, (h,), target)
     chunks, blocks = split(target, B, cdiv(L, c.rows), c)
     return Plan(
         gated_residual_bwd_kernel,
         grid=(B * chunks,),
-        outs=(x, Spec((B, chunks, D), "float32")),
+        outs=(h, Spec((B, chunks, D), "float32")),
         ints=dict(TOKENS=L, CHUNKS=chunks, BLOCKS=blocks),
         meta=dict(WIDTH=D, **dict(row), **tile(D, c)),
         warps=c.warps,

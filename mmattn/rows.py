@@ -153,40 +153,35 @@ class Config(NamedTuple):
 
 
 ALL = 1024  # programs per SM that no shape comes near: every block of tokens has a program of its own
-STREAMS = dict(  # arrays of tokens that a kernel reads, of which staged loads keep tiles in shared memory
-    adaln_fwd=1,
-    adaln_bwd=2,
-    gated_residual_fwd=2,
-    gated_residual_bwd=2,
-    gated_residual_norm_adaln_fwd=2,
-    gated_residual_norm_adaln_bwd=4,
-)
+TUNABLE = ("adaln_fwd", "adaln_bwd", "gated_residual_norm_adaln_fwd", "gated_residual_norm_adaln_bwd")
 UNSTAGED_BYTES = 32 * 1024  # of shared memory, left to exchanges between warps
 SUM_WARPS = 4  # of the kernels that add chunks up
 
 
-def config(kernel: str, variant: str | None, x: Spec, target: Target) -> Config:
-    """The measured config of a kernel for rows as wide as x's, else the rule that most measured ones follow: 16 elements a
-    thread of a backward kernel and 32 of another, 16 warps an SM. Fewer stages where they would not fit shared memory.
+def config(kernel: str, variant: str | None, streams: tuple[Spec, ...], target: Target) -> Config:
+    """The measured config of a kernel for rows as wide as those of its streams, else the rule that most measured ones follow:
+    16 elements a thread of a backward kernel and 32 of another, 16 warps an SM. Fewer stages where they would not fit shared
+    memory.
 
-    A variant is the norm, "layer" or "rms", or "post" where a second one is in front of it. Modulation per token takes the
-    rule (variant None): it needs more registers than what was measured.
+    streams: the arrays of tokens that the kernel reads, of which staged loads keep tiles in shared memory; the dtype of the first
+    is the one that configs are measured for. A variant is the norm, "layer" or "rms", or "post" where a second one is in front of
+    it. Modulation per token takes the rule (variant None): it needs more registers than what was measured.
     """
-    cols = next_power_of_2(x.shape[-1])
+    cols = next_power_of_2(streams[0].shape[-1])
     rows = max(1, 2048 // cols)
     warps = max(1, min(32, rows * cols // (512 if kernel.endswith("bwd") else 1024)))
     c = Config(rows, warps, 3, max(1, 16 // warps))
-    measured = variant and tuned.lookup(tuned.Key(f"{kernel}-{variant}", cols, x.dtype, target.arch))
+    measured = variant and tuned.lookup(tuned.Key(f"{kernel}-{variant}", cols, streams[0].dtype, target.arch))
     if measured:
         c = Config(measured.tile["ROWS"], measured.warps, measured.stages, measured.tile["PER_SM"])
-    stage = STREAMS[kernel] * c.rows * cols * (4 if x.dtype == "float32" else 2)
+    stage = c.rows * cols * sum(4 if x.dtype == "float32" else 2 for x in streams)
     return c._replace(stages=max(1, min(c.stages, 1 + (target.shared - UNSTAGED_BYTES) // stage)))
 
 
 def candidates(key: tuned.Key) -> list[tuple[dict[str, int], int, int]]:
     """What tuning should try: 8 to 64 elements a thread, staged loads, 8 to 32 warps an SM or a program for every tile."""
     kernel, _, variant = key.kernel.partition("-")
-    if kernel not in STREAMS or not variant:
+    if kernel not in TUNABLE or not variant:
         return []
     rows = sorted({max(1, size // key.width) for size in (512, 1024, 2048, 4096, 8192)})
     tiles = [(r, w) for r in rows for w in (1, 2, 4, 8, 16) if 8 <= r * key.width // (32 * w) <= 64]

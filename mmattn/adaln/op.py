@@ -76,7 +76,7 @@ def variant(meta: tuple, center: bool) -> str | None:
 
 @cache
 def fwd_plan(target: Target, x: Spec, samples: int, tokens: int, G: int, lines: int, meta: tuple, eps: float, center: bool):
-    c = config("adaln_fwd", variant(meta, center), x, target)
+    c = config("adaln_fwd", variant(meta, center), (x,), target)
     chunks, blocks = split(target, samples, cdiv(tokens, c.rows), c)
     return Plan(
         adaln_fwd_kernel,
@@ -94,7 +94,7 @@ def bwd_plan(
 ) -> Plan:
     """vectors: gradients of scale and shift. A launch that leaves one to the second kernel has an output of its dtype anyway,
     so that one compiled kernel serves every number of chunks."""
-    c, D = config("adaln_bwd", variant(meta, center), x, target), x.shape[2]
+    c, D = config("adaln_bwd", variant(meta, center), (x, x), target), x.shape[2]
     chunks, blocks = split(target, samples * lines, cdiv(tokens, c.rows), c, sums=True)
     flags = dict(meta)
     final = flags["FINAL"] and chunks == 1
