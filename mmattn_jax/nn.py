@@ -17,6 +17,8 @@ from . import ops as _ops
 
 __all__ = ["AttentionOutput", "GPT2Block", "GPT2Stack", "RMSNormSelfAttention", "RMSNormSelfCrossAttention"]
 
+jax.export.register_namedtuple_serialization(AttentionOutput, serialized_name="mmattn.AttentionOutput")
+
 
 def _rows(v: jax.Array, n: int) -> tuple[Row, ...]:
     packed = v.reshape(v.shape[0], n, v.shape[-1] // n)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 from mmattn import blocks, rope
 from mmattn.blocks import AttentionOutput
@@ -16,6 +17,10 @@ from . import ops as _ops
 from ._bind import PLAIN, autocast_dtype, plain
 
 __all__ = ["AttentionOutput", "GPT2Block", "GPT2Stack", "RMSNormSelfAttention", "RMSNormSelfCrossAttention"]
+
+# torch.export.save writes the name of what a program returns. (The public register_pytree_node is for classes that torch does not
+# know as containers; with optree installed it warns that a named tuple is one.)
+_pytree._register_namedtuple(AttentionOutput, serialized_type_name="mmattn.AttentionOutput")
 
 
 def _per_sample(start_pos, x: Tensor) -> Tensor:
