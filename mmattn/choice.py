@@ -45,8 +45,11 @@ def decide(call: Call, requested: str | None, default: str, device_problem: str 
     return Explanation("reference", problem)
 
 
+ROCM = "the kernels have run on NVIDIA GPUs only, and this is one of AMD's (ROCm)"
+
+
 def not_a_gpu(device: str) -> str:
-    return f"the kernels run on CUDA and ROCm GPUs, the arrays are on {device}"
+    return f"the kernels run on CUDA GPUs, the arrays are on {device}"
 
 
 def old_gpu(arch: int) -> str | None:

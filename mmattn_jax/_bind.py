@@ -1,8 +1,8 @@
 """Any Op as differentiable JAX primitives.
 
 An op gets two primitives, `mmattn_<op>_fwd` and `mmattn_<op>_bwd`, over the flat arrays that are present. What runs is
-chosen when they are lowered: Triton kernels for CUDA and ROCm, the reference for any other platform, so that `jit` for
-CPU, lowering for CUDA on a machine without a GPU, and `jax.export` for both at once come from one traced function.
+chosen when they are lowered: Triton kernels for CUDA, the reference for any other platform, so that `jit` for CPU, lowering
+for CUDA on a machine without a GPU, and `jax.export` for both at once come from one traced function.
 
 The derivative of the forward is a linear primitive that only knows its transpose, the backward. That is what
 `jax.custom_vjp` does, but its refusal of forward mode cannot say what to do instead; ours names implementation="reference".
@@ -24,15 +24,13 @@ from jax.interpreters import ad, batching, mlir, xla
 import mmattn
 from mmattn import _gluon
 from mmattn._triton import INSTALLED
-from mmattn.choice import decide, no_gradient, not_a_gpu, old_gpu, unmet
+from mmattn.choice import ROCM, decide, no_gradient, not_a_gpu, old_gpu, unmet
 from mmattn.op import Call, Layout, Op, Plan, Target, flatten, owners, unflatten
 from mmattn.rows import gradient_spec
 
 from . import _jax_triton
 from ._choice import current
 from ._transform import BATCH, Role, align, check_varying, fold, lead, like, no_mesh, partitioned
-
-GPUS = ("cuda", "rocm")
 
 host_launch: Callable[[Plan, Sequence[jax.Array]], tuple[jax.Array, ...]] | None = None
 """What launches kernels on platforms that are no GPU; tests put Triton's interpreter here."""
@@ -62,13 +60,15 @@ def target() -> Target:
 
 def problem(platform: str) -> str | None:
     """Why kernels cannot run on a platform, None if they can."""
-    if platform not in GPUS:
+    if platform == "rocm":
+        return ROCM
+    if platform != "cuda":
         return None if host_launch else not_a_gpu(platform)
     if not INSTALLED:
         return "triton is not installed"
     if not _jax_triton.installed():
         return "jax-triton is not installed"
-    return old_gpu(target().arch) if platform == "cuda" else None
+    return old_gpu(target().arch)
 
 
 def launch(plan: Plan, arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
@@ -148,7 +148,7 @@ def primitive(half: Forward | Backward) -> Primitive:
     p.def_abstract_eval(abstract)
     batching.primitive_batchers[p] = batch
     mlir.register_lowering(p, lowering(half, "cpu"))
-    for platform in GPUS:
+    for platform in ("cuda", "rocm"):  # the latter has a reason of its own for the reference
         mlir.register_lowering(p, lowering(half, platform), platform=platform)
     prim_requires_devices_during_lowering.add(p)  # partitioning and host callbacks ask for the devices
     return p
@@ -162,11 +162,11 @@ def lowering(half: Forward | Backward, platform: str) -> Callable:
                 raise unmet(form.name, why)
             if why is not None or any(0 in x.shape for x in arrays):  # an empty grid cannot be launched
                 return tuple(half.reference(arrays, form))
-            return tuple(half.kernels(Run(target(), launch if platform in GPUS else host_launch), arrays, form))
+            return tuple(half.kernels(Run(target(), launch if platform == "cuda" else host_launch), arrays, form))
 
     def lower(*arrays, form: Form, implementation: str):
         local = partial(compute, form, implementation)
-        if platform in GPUS or partition_host:
+        if platform == "cuda" or partition_host:
             return partitioned(local, arrays, *half.roles(form))
         return local(*arrays)
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
+from jax.extend.backend import backends
 from jax.typing import ArrayLike
 
 import mmattn
@@ -250,4 +251,6 @@ def platform_of(device: jax.Device | str | None, arrays) -> str:
     device = device or next((d for x in arrays if isinstance(x, jax.Array) and x.committed for d in x.devices()), None)
     device = device or jax.config.jax_default_device or jax.devices()[0]
     platform = device.partition(":")[0] if isinstance(device, str) else device.platform
-    return "cuda" if platform == "gpu" else platform
+    if platform != "gpu":
+        return platform
+    return "rocm" if "rocm" in backends() else "cuda"  # "gpu" is JAX's name for both

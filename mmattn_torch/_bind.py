@@ -33,7 +33,7 @@ from torch.nn import Parameter
 import mmattn
 from mmattn._gluon import INSTALLED
 from mmattn._triton import triton
-from mmattn.choice import Explanation, decide, no_gradient, not_a_gpu, old_gpu
+from mmattn.choice import ROCM, Explanation, decide, no_gradient, not_a_gpu, old_gpu
 from mmattn.op import DTYPE_NAMES, UNUSED, Call, Layout, Op, Operands, Plan, Spec, Target, flatten, owners, row_stride, unflatten
 
 from . import _choice
@@ -120,6 +120,8 @@ def problem(device: torch.device) -> str | None:
     """Why the kernels cannot run on a device, None if they can."""
     if device.type != "cuda":
         return not_a_gpu(device.type)
+    if torch.version.hip is not None:  # torch calls AMD's GPUs "cuda" too
+        return ROCM
     if not torch.cuda.is_available():
         return "torch sees no CUDA GPU"
     return old_gpu(target(device).arch)
@@ -130,8 +132,7 @@ def target(device: torch.device) -> Target:
     if device.type != "cuda":
         return Target()
     gpu = torch.cuda.get_device_properties(device)
-    cuda = torch.version.hip is None
-    return Target(10 * gpu.major + gpu.minor, gpu.multi_processor_count, gpu.shared_memory_per_block_optin, cuda and INSTALLED)
+    return Target(10 * gpu.major + gpu.minor, gpu.multi_processor_count, gpu.shared_memory_per_block_optin, INSTALLED)
 
 
 class Step:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
@@ -485,7 +487,7 @@ def test_explain():
     x, scale, shift = (jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in EXAMPLES[adaln])
     assert mmattn_jax.explain(mmattn_jax.layernorm_adaln, x, scale, shift, device="cpu") == (
         "reference",
-        "the kernels run on CUDA and ROCm GPUs, the arrays are on cpu",
+        "the kernels run on CUDA GPUs, the arrays are on cpu",
     )
     cuda = partial(mmattn_jax.explain, "layernorm_adaln", device="cuda")
     if _jax_triton.installed():
@@ -511,6 +513,26 @@ def test_explain_of_a_gpu_that_is_too_old():
         )
     finally:
         mmattn_jax.set_target(None)
+
+
+def test_an_amd_gpu_takes_the_reference(monkeypatch):
+    """No kernel has run on one. JAX calls its platform "gpu" as it does NVIDIA's, and lowers for "rocm"."""
+    x, reason = EXAMPLES[norm][0], "the kernels have run on NVIDIA GPUs only, and this is one of AMD's (ROCm)"
+    assert mmattn_jax.explain("rms_norm", x, device="rocm") == ("reference", reason)
+    monkeypatch.setattr(ops, "backends", lambda: dict.fromkeys(("cpu", "rocm")))
+    amd = SimpleNamespace(platform="gpu")
+    assert mmattn_jax.explain("rms_norm", x, device=amd) == ("reference", reason)
+    with pytest.raises(RuntimeError, match=f"cannot be met: {re.escape(reason)}"):
+        mmattn_jax.explain("rms_norm", x, device=amd, implementation="triton")
+
+    def lowered(implementation):
+        f = partial(mmattn_jax.rms_norm, implementation=implementation)
+        gradient = jax.grad(lambda x: f(x).sum())
+        return jax.jit(gradient).trace(x).lower(lowering_platforms=("rocm",)).as_text()
+
+    assert "custom_call" not in lowered("auto")
+    with pytest.raises(RuntimeError, match=f"cannot be met: {re.escape(reason)}"):
+        lowered("triton")
 
 
 def test_float64_takes_the_reference():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
@@ -494,6 +496,20 @@ def test_explain_without_a_gpu():
         mmattn_torch.explain("softmax", x)
     with pytest.raises(ValueError, match="rms_norm: x has shape"):
         mmattn_torch.explain("rms_norm", x[0])
+
+
+def test_an_amd_gpu_takes_the_reference(cpu, monkeypatch):
+    """No kernel has run on one, and torch's properties of one lack what a plan asks for."""
+    monkeypatch.setattr(torch.version, "hip", "7.1.52802")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9, minor=4))
+    gpu, reason = torch.device("cuda", 7), "the kernels have run on NVIDIA GPUs only, and this is one of AMD's (ROCm)"
+    x = randn(2, 5, D)
+    assert mmattn_torch.explain("rms_norm", x, device=gpu) == ("reference", reason)
+    monkeypatch.setattr(_bind, "common_device", lambda call: gpu)
+    assert torch.equal(mmattn_torch.rms_norm(x), torch.nn.functional.rms_norm(x, (D,), eps=1e-6))
+    with pytest.raises(RuntimeError, match=f"cannot be met: {re.escape(reason)}"):
+        mmattn_torch.rms_norm(x, implementation="triton")
 
 
 def test_implementation_sets_and_restores(kernels):
