@@ -27,10 +27,13 @@ def shape(op: str, name: str, x, *allowed: tuple[str, tuple[int, ...]], remedy: 
         raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}; expected {expected}. {remedy}")
 
 
-def rank(op: str, name: str, x, axes: str, remedy: str) -> None:
+def rank(op: str, name: str, x, axes: str | tuple[str, ...], remedy: str) -> None:
+    """x must have the rank of `axes`, "B, L, D", or of one of several."""
     is_array(op, name, x)
-    if len(x.shape) != len(axes.split(", ")):
-        raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, rank {len(x.shape)}; expected ({axes}). {remedy}")
+    allowed = (axes,) if isinstance(axes, str) else axes
+    if all(len(x.shape) != len(a.split(", ")) for a in allowed):
+        expected = " or ".join(f"({a})" for a in allowed)
+        raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, rank {len(x.shape)}; expected {expected}. {remedy}")
 
 
 def floating(op: str, name: str, x) -> str:

@@ -572,6 +572,30 @@ def per_stream(op: str, name: str, x, n: int) -> tuple:
     return tuple(x)
 
 
+def check_tables(op: str, cos_name: str, cos, sin_name: str, sin, packed: tuple[int, ...]) -> None:
+    """Tables of a stream of packed projections of shape `packed`. Kernels index both by cos's sizes."""
+    if cos is None and sin is None:
+        return
+    if cos is None or sin is None:
+        raise ValueError(
+            f"{op}: only one of {cos_name} and {sin_name} is given; expected both or neither. Give both to rotate the stream."
+        )
+    B, L, _, _, d = packed
+    remedy = (
+        "The table has a row for every position, at least one per token, and a column for every pair that is turned, at most d/2."
+    )
+    check.rank(op, cos_name, cos, ("S, d/2", "B, S, d/2"), remedy)
+    S, r = cos.shape[-2:]
+    if isinstance(S, int) and isinstance(L, int):  # symbolic lengths cannot be compared, but positions are clamped to the table
+        S = max(S, L)
+    want = (S, max(1, min(r, d // 2)))
+    check.shape(op, cos_name, cos, ("S, d/2", want), ("B, S, d/2", (B, *want)), remedy=remedy)
+    axes = "S, d/2" if len(cos.shape) == 2 else "B, S, d/2"
+    check.shape(op, sin_name, sin, (axes, tuple(cos.shape)), remedy=f"{sin_name} has the shape of {cos_name}.")
+    for name, t in ((cos_name, cos), (sin_name, sin)):
+        check.same_dtype(op, name, t, "float32", "the table")
+
+
 def norm_operands(op: str, qkv, q_weight, k_weight, over, eps, cos, sin, start_pos, layout, start_extent):
     """Checked operands and static arguments of the norm and rotation."""
     streams = tuple(qkv) if isinstance(qkv, tuple | list) else (qkv,)
@@ -604,21 +628,7 @@ def norm_operands(op: str, qkv, q_weight, k_weight, over, eps, cos, sin, start_p
         for w_name, w in ((f"q_weight[{i}]", q_weight[i]), (f"k_weight[{i}]", k_weight[i])):
             check.shape(op, w_name, w, ("W", (width,)), remedy=f'over="{over}" normalises {width} elements together.')
             check.vector_dtype(op, w_name, w, dtype, "qkv")
-        if (cos[i] is None) != (sin[i] is None):
-            raise ValueError(
-                f"{op}: only one of cos[{i}] and sin[{i}] is given; expected both or neither. Give both to rotate the stream."
-            )
-        for t_name, t in ((f"cos[{i}]", cos[i]), (f"sin[{i}]", sin[i])):
-            if t is not None:
-                check.is_array(op, t_name, t)
-                rows = t.shape[-2] if len(t.shape) > 1 else 1
-                turned = max(1, min(cos[i].shape[-1], d // 2))  # fewer columns turn the head's first elements only
-                want = (rows if start_pos is not None else max(rows, x.shape[1]), turned)
-                remedy = "The table has a row for every position and a column for every pair that is turned, d/2 or fewer."
-                allowed = (("S, d/2", want), ("B, S, d/2", (B, *want)))
-                kind = allowed if t is cos[i] else [(axes, size) for axes, size in allowed if len(size) == len(cos[i].shape)]
-                check.shape(op, t_name, t, *kind, remedy=remedy)
-                check.same_dtype(op, t_name, t, "float32", "the table")
+        check_tables(op, f"cos[{i}]", cos[i], f"sin[{i}]", sin[i], x.shape)
     if start_pos is not None:
         check.shape(op, "start_pos", start_pos, ("B", (streams[0].shape[0],)), remedy="Give one start position per sample.")
         check.integer(op, "start_pos", start_pos)
