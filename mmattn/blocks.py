@@ -19,7 +19,7 @@ rows are finite and nobody reads them: attention hears no masked token, and all 
 
 What `ops` has besides the public operations:
     rows(v, n)                n row vectors per sample of v (B, n * D) or (B, 1, n * D), read in place
-    angles(m, n)              cos and sin of RoPE's first n positions at least
+    angles(m, x, n)           cos and sin of RoPE's first n positions at least, on x's device
     vector(weight)            a layer's weight as an operand of an operation
     where(mask, x, 0)
     extent(start_pos)         smallest and largest value, None where they cannot be seen without a synchronisation
@@ -103,7 +103,7 @@ def projected(ops, m, streams, masks, attn_mask, start_pos):
         getattr(m, prefix + "to_qkv")(silent(ops, s, mask)).reshape(*s.shape[:2], 3, m.num_head, m.dim_head)
         for prefix, s, mask in zip(prefixes, streams, masks, strict=True)
     )
-    cos, sin = ops.angles(m, x.shape[1] if start_pos is None else m.max_seq_len)
+    cos, sin = ops.angles(m, x, x.shape[1] if start_pos is None else m.max_seq_len)
     qk = dict(
         q_weight=tuple(ops.vector(getattr(m, prefix + "rms_norm_q").weight) for prefix in prefixes),
         k_weight=tuple(ops.vector(getattr(m, prefix + "rms_norm_k").weight) for prefix in prefixes),

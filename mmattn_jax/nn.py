@@ -34,7 +34,7 @@ def _per_sample(start_pos, x: jax.Array) -> jax.Array:
     return jnp.broadcast_to(start_pos, (x.shape[0],))
 
 
-def _angles(m: nnx.Module, n: int) -> tuple[np.ndarray, np.ndarray]:
+def _angles(m: nnx.Module, x: jax.Array, n: int) -> tuple[np.ndarray, np.ndarray]:
     return tuple(t[:n] for t in rope.table(m.max_seq_len, m.dim_head))  # constants of the program: no more than it needs
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from types import SimpleNamespace
 
 import torch
@@ -14,7 +16,7 @@ from mmattn.blocks import AttentionOutput
 from mmattn.op import next_power_of_2
 
 from . import ops as _ops
-from ._bind import PLAIN, autocast_dtype, plain
+from ._bind import PLAIN, autocast_dtype, constant_under_compile, plain
 
 __all__ = ["AttentionOutput", "GPT2Block", "GPT2Stack", "RMSNormSelfAttention", "RMSNormSelfCrossAttention"]
 
@@ -29,6 +31,40 @@ def _per_sample(start_pos, x: Tensor) -> Tensor:
     return torch.as_tensor(start_pos, device=x.device).expand(x.shape[0])
 
 
+def _tables(positions: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin of RoPE (positions, width / 2), float32."""
+    return tuple(torch.tensor(t, device=device) for t in rope.table(positions, width))
+
+
+class _Kept:
+    """The tables of every size and device that has been asked for, one attribute each: torch.compile takes an attribute for an
+    input of its graph. All modules share them, and they stay: a CUDA graph may have captured their addresses."""
+
+
+@cache
+def _keep(positions: int, width: int, device: torch.device) -> str:
+    """Make the tables, in a thread of their own: what the caller runs under (inference mode, torch.func, a dispatch mode, a
+    default device) would mark them for good. Returns the attribute's name."""
+    name = f"{positions} {width} {device}"
+    with ThreadPoolExecutor(1) as thread:
+        setattr(_Kept, name, thread.submit(_tables, positions, width, device).result())
+    return name
+
+
+@constant_under_compile
+def _kept(positions: int, width: int, device: torch.device) -> str:
+    return _keep(positions, width, device)  # torch.compile would look through the cache and trace what is behind it
+
+
+def _angles(m: _Attention, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Tables on x's device. They are no buffers of the module: nothing that casts, moves, fills, shards, broadcasts or saves a
+    module may round them, write them or free them, and none of it has to know them."""
+    key = m.max_seq_len, m.dim_head, x.device
+    if torch.compiler.is_compiling() or type(x) in PLAIN:
+        return getattr(_Kept, _kept(*key))
+    return _tables(*key)  # a FakeTensor, or another subclass of Tensor, may not meet plain ones
+
+
 ops = SimpleNamespace(
     layernorm_adaln=_ops.layernorm_adaln,
     gated_residual=_ops.gated_residual,
@@ -37,7 +73,7 @@ ops = SimpleNamespace(
     qk_norm_rope_attention=_ops.qk_norm_rope_attention,
     relu_linear_attention=_ops.relu_linear_attention,
     rows=lambda v, n: v.chunk(n, -1),
-    angles=lambda m, n: (m.cos, m.sin),
+    angles=_angles,
     vector=lambda weight: weight,
     where=torch.where,
     extent=_ops.extent,
@@ -110,14 +146,8 @@ class RMSNorm(nn.RMSNorm):
         return _ops.rms_norm(x, self.weight, eps=self.eps)
 
 
-def _fill_meta_table(module, _) -> None:
-    """After load_state_dict: a module that was made on the meta device may have been given its weights."""
-    if module.cos.is_meta:
-        module._fill_table(module.to_qkv.weight.device)
-
-
 class _Attention(nn.Module):
-    """Layers of one stream or two, and the table of angles: float32 whatever the module's dtype, and in no state dict."""
+    """Layers of one stream or two."""
 
     def __init__(self, dim, num_head, use_context, max_seq_len, linear, dim_head, **factory):
         super().__init__()
@@ -134,19 +164,6 @@ class _Attention(nn.Module):
             )
             for name, layer in layers.items():
                 self.add_module(prefix + name, layer)
-        self.register_buffer("cos", None, persistent=False)
-        self.register_buffer("sin", None, persistent=False)
-        self._fill_table(self.to_qkv.weight.device)
-        self.register_load_state_dict_post_hook(_fill_meta_table)
-
-    def _fill_table(self, device) -> None:
-        self.cos, self.sin = (torch.tensor(t, device=device) for t in rope.table(self.max_seq_len, self.dim_head))
-
-    def _apply(self, fn, recurse=True):
-        # `.to(dtype)` would round the table, `.to_empty` would leave it unwritten.
-        super()._apply(fn, recurse)
-        self._fill_table(self.cos.device)
-        return self
 
 
 class RMSNormSelfAttention(_Attention):
