@@ -208,13 +208,14 @@ def silent(ops, x, mask):
 
 
 def boolean_mask(name: str, mask, x):
-    """attn_mask (B, L, L) as booleans; any dtype, non-zero = attend."""
+    """attn_mask (B, L, L) as booleans; of integers, non-zero = attend."""
     if mask is None:
         return None
     B, L, _ = x.shape
     check.shape(
         name, "attn_mask", mask, ("B, L, L", (B, L, L)), remedy="It covers the tokens; the context's part follows from it."
     )
+    check.boolean(name, "attn_mask", mask, integers=True)
     return mask if dtype_name(mask) == "bool" else mask != 0
 
 
@@ -222,8 +223,7 @@ def positions(ops, m, x, start_pos):
     name, tokens, limit = type(m).__name__, x.shape[1], m.max_seq_len
     if tokens > limit:
         raise ValueError(
-            f"{name}: x has {tokens} tokens; expected at most max_seq_len = {limit}. Build the attention with a larger one; "
-            "that of a GPT2Block has the default."
+            f"{name}: x has {tokens} tokens; expected at most max_seq_len = {limit}. Build the module with a larger max_seq_len."
         )
     if start_pos is None:
         return None

@@ -59,10 +59,16 @@ def positions(op: str, extent: tuple[int, int] | None, tokens: int, limit: int) 
         )
 
 
-def boolean(op: str, name: str, x) -> None:
+def boolean(op: str, name: str, x, integers: bool = False) -> None:
+    """x must be a mask: bool, or integers if they may be. A float mask may be additive, and then its zeros mean attend."""
     is_array(op, name, x)
-    if dtype_name(x) != "bool":
-        raise TypeError(f"{op}: {name} has dtype {dtype_name(x)}; expected bool, True = attend. Compare it first (mask != 0).")
+    dtype = dtype_name(x)
+    if dtype != "bool" and not (integers and "int" in dtype):
+        expected = "bool or integers, True or non-zero = attend" if integers else "bool, True = attend"
+        raise TypeError(
+            f"{op}: {name} has dtype {dtype}; expected {expected}. "
+            "Compare it first: mask == 0 for an additive mask of 0 and -inf, mask != 0 for one of 0 and 1."
+        )
 
 
 def vector_dtype(op: str, name: str, v, like: str, like_name: str) -> None:

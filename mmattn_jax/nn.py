@@ -127,7 +127,7 @@ class RMSNormSelfAttention(_Attention):
     rngs         for torch's initialisation, U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
 
     module(x (B, L, D), attn_mask (B, L, L), start_pos, x_mask (B, L)) -> AttentionOutput(x_out (B, L, D))
-    attn_mask    any dtype, non-zero = attend. Linear attention reads the first query's row only.
+    attn_mask    bool or integers, True or non-zero = attend. Linear attention reads the first query's row only.
     start_pos    position of the first token: an int, or integers (B,). Values on a GPU or under trace are not checked but
                  clamped to the table.
     x_mask       bool, True = token, False = padding: silent whatever it holds, its own output is 0.
@@ -155,7 +155,6 @@ class RMSNormSelfAttention(_Attention):
         x: jax.Array,
         attn_mask: jax.Array | None = None,
         start_pos: int | ArrayLike | None = None,
-        *,
         x_mask: jax.Array | None = None,
     ) -> AttentionOutput:
         return blocks.attention(ops, self, x, None, attn_mask, start_pos, x_mask)
@@ -197,7 +196,6 @@ class RMSNormSelfCrossAttention(_Attention):
         context: jax.Array | None = None,
         attn_mask: jax.Array | None = None,
         start_pos: int | ArrayLike | None = None,
-        *,
         x_mask: jax.Array | None = None,
         context_mask: jax.Array | None = None,
     ) -> AttentionOutput:
@@ -232,6 +230,7 @@ class GPT2Block(_StreamLayers):
     dropout          probability in [0, 1); `module.eval()` switches it off.
     conditioning     whether y modulates the norms.
     use_cross_attn   whether there is a context stream; needs conditioning.
+    max_seq_len      positions that RoPE knows.
 
     module(x (B, L, D), y (B, 1, D) or (B, D), attn_mask (B, L, L), context (B, C, D), start_pos, x_mask, context_mask)
         -> AttentionOutput(x_out (B, L, D), context_out (B, C, D) or None); the rest as in RMSNormSelfCrossAttention.
@@ -248,6 +247,7 @@ class GPT2Block(_StreamLayers):
         dropout: float = 0.1,
         conditioning: bool = False,
         use_cross_attn: bool = False,
+        max_seq_len: int = 4096,
         *,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
@@ -259,9 +259,9 @@ class GPT2Block(_StreamLayers):
         self.dim, self.conditioning, self.use_cross_attn = dim_base, conditioning, use_cross_attn
         if use_cross_attn:
             self.context_layers = _StreamLayers(dim_base, dim_feedforward, dropout, conditioning, **factory)
-            self.cross_attn = RMSNormSelfCrossAttention(dim_base, num_attn_head, use_context=True, dim_head=dim_head, **factory)
+            self.cross_attn = RMSNormSelfCrossAttention(dim_base, num_attn_head, True, max_seq_len, dim_head=dim_head, **factory)
         else:
-            self.attn = RMSNormSelfAttention(dim_base, num_attn_head, dim_head=dim_head, **factory)
+            self.attn = RMSNormSelfAttention(dim_base, num_attn_head, max_seq_len, dim_head=dim_head, **factory)
 
     def __call__(
         self,
@@ -270,7 +270,6 @@ class GPT2Block(_StreamLayers):
         attn_mask: jax.Array | None = None,
         context: jax.Array | None = None,
         start_pos: int | ArrayLike | None = None,
-        *,
         x_mask: jax.Array | None = None,
         context_mask: jax.Array | None = None,
     ) -> AttentionOutput:
@@ -290,12 +289,13 @@ class GPT2Stack(nnx.Module):
         dropout: float = 0.1,
         conditioning: bool = False,
         use_cross_attn: bool = False,
+        max_seq_len: int = 4096,
         *,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        block = (dim_base, num_attn_head, dim_head, dim_feedforward, dropout, conditioning, use_cross_attn)
+        block = (dim_base, num_attn_head, dim_head, dim_feedforward, dropout, conditioning, use_cross_attn, max_seq_len)
         self.layers = nnx.List([GPT2Block(*block, dtype=dtype, param_dtype=param_dtype, rngs=rngs) for _ in range(depth)])
 
     def __call__(
@@ -305,7 +305,6 @@ class GPT2Stack(nnx.Module):
         attn_mask: jax.Array | None = None,
         context: jax.Array | None = None,
         start_pos: int | ArrayLike | None = None,
-        *,
         x_mask: jax.Array | None = None,
         context_mask: jax.Array | None = None,
     ) -> AttentionOutput:

@@ -177,7 +177,7 @@ class RMSNormSelfAttention(_Attention):
     linear       ReLU linear attention (Katharopoulos et al. 2020, arXiv:2006.16236) in place of softmax.
 
     forward(x (B, L, D), attn_mask (B, L, L), start_pos, x_mask (B, L)) -> AttentionOutput(x_out (B, L, D))
-    attn_mask    any dtype, non-zero = attend. Linear attention reads the first query's row only.
+    attn_mask    bool or integers, True or non-zero = attend. Linear attention reads the first query's row only.
     start_pos    position of the first token: an int, or integers (B,). Values on a GPU or under trace are not checked but
                  clamped to the table.
     x_mask       bool, True = token, False = padding: silent whatever it holds, its own output is 0.
@@ -204,7 +204,6 @@ class RMSNormSelfAttention(_Attention):
         x: Tensor,
         attn_mask: Tensor | None = None,
         start_pos: int | Tensor | None = None,
-        *,
         x_mask: Tensor | None = None,
     ) -> AttentionOutput:
         return blocks.attention(ops, self, x, None, attn_mask, start_pos, x_mask)
@@ -243,7 +242,6 @@ class RMSNormSelfCrossAttention(_Attention):
         context: Tensor | None = None,
         attn_mask: Tensor | None = None,
         start_pos: int | Tensor | None = None,
-        *,
         x_mask: Tensor | None = None,
         context_mask: Tensor | None = None,
     ) -> AttentionOutput:
@@ -278,6 +276,7 @@ class GPT2Block(_StreamLayers):
     dropout          probability in [0, 1).
     conditioning     whether y modulates the norms.
     use_cross_attn   whether there is a context stream; needs conditioning.
+    max_seq_len      positions that RoPE knows.
 
     forward(x (B, L, D), y (B, 1, D) or (B, D), attn_mask (B, L, L), context (B, C, D), start_pos, x_mask, context_mask)
         -> AttentionOutput(x_out (B, L, D), context_out (B, C, D) or None); the rest as in RMSNormSelfCrossAttention.
@@ -294,6 +293,7 @@ class GPT2Block(_StreamLayers):
         dropout: float = 0.1,
         conditioning: bool = False,
         use_cross_attn: bool = False,
+        max_seq_len: int = 4096,
         *,
         device=None,
         dtype: torch.dtype | None = None,
@@ -304,9 +304,9 @@ class GPT2Block(_StreamLayers):
         self.dim, self.conditioning, self.use_cross_attn = dim_base, conditioning, use_cross_attn
         if use_cross_attn:
             self.context_layers = _StreamLayers(dim_base, dim_feedforward, dropout, conditioning, **factory)
-            self.cross_attn = RMSNormSelfCrossAttention(dim_base, num_attn_head, use_context=True, dim_head=dim_head, **factory)
+            self.cross_attn = RMSNormSelfCrossAttention(dim_base, num_attn_head, True, max_seq_len, dim_head=dim_head, **factory)
         else:
-            self.attn = RMSNormSelfAttention(dim_base, num_attn_head, dim_head=dim_head, **factory)
+            self.attn = RMSNormSelfAttention(dim_base, num_attn_head, max_seq_len, dim_head=dim_head, **factory)
 
     def forward(
         self,
@@ -315,7 +315,6 @@ class GPT2Block(_StreamLayers):
         attn_mask: Tensor | None = None,
         context: Tensor | None = None,
         start_pos: int | Tensor | None = None,
-        *,
         x_mask: Tensor | None = None,
         context_mask: Tensor | None = None,
     ) -> AttentionOutput:
@@ -335,12 +334,13 @@ class GPT2Stack(nn.Module):
         dropout: float = 0.1,
         conditioning: bool = False,
         use_cross_attn: bool = False,
+        max_seq_len: int = 4096,
         *,
         device=None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        block = (dim_base, num_attn_head, dim_head, dim_feedforward, dropout, conditioning, use_cross_attn)
+        block = (dim_base, num_attn_head, dim_head, dim_feedforward, dropout, conditioning, use_cross_attn, max_seq_len)
         self.layers = nn.ModuleList(GPT2Block(*block, device=device, dtype=dtype) for _ in range(depth))
 
     def forward(
@@ -350,7 +350,6 @@ class GPT2Stack(nn.Module):
         attn_mask: Tensor | None = None,
         context: Tensor | None = None,
         start_pos: int | Tensor | None = None,
-        *,
         x_mask: Tensor | None = None,
         context_mask: Tensor | None = None,
     ) -> AttentionOutput:

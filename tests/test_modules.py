@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 from functools import partial
 
@@ -306,13 +307,25 @@ def test_empty_rows_with_zero_output_bias(front):
     assert_close(got, seed_results(state, lambda w, **kw: seed.attention(w, **kw, heads=HEADS), inputs, douts))
 
 
-def test_masks_of_any_dtype(front):
+def test_masks_of_integers(front):
     inputs, douts = draw("attn_mask")
     module = front.build("RMSNormSelfAttention", D, HEADS)
     want = front.outs_and_grads(module, inputs, douts)
-    for dtype in (np.float32, np.int32):
+    for dtype in (np.uint8, np.int32):
         got = front.outs_and_grads(module, inputs | dict(attn_mask=inputs["attn_mask"].astype(dtype) * 2), douts)
         assert_close(got, want, 0.0)
+
+
+@pytest.mark.parametrize("name", ["stack", "linear", "wide heads"])
+def test_masks_by_position(front, name):
+    """As torch's checkpoint and nnx.remat pass arguments on."""
+    cls, args, kwargs = MODULES[name]
+    module = front.build(cls, *args, **kwargs)
+    inputs, _ = module_inputs(name, *PADDED)
+    order = inspect.signature(getattr(module, "forward", module)).parameters
+    got = module(*(front.put(inputs[name]) if name in inputs else None for name in order))
+    for a, b in zip(got, front.call(module, inputs), strict=True):
+        assert a is b is None or bool((a == b).all())
 
 
 def test_start_pos_as_a_number(front):
@@ -379,6 +392,16 @@ CALL_ERRORS = {
     "integers": (ATTENTION, dict(x=np.zeros((B, L, D), np.int32)), "x has dtype int32; expected float32"),
     "attn_mask": (ATTENTION, dict(attn_mask=np.ones((L, L), bool)), r"attn_mask has shape \(13, 13\); expected \(B, L, L\)"),
     "x_mask": (ATTENTION, dict(x_mask=np.ones((B, L), np.int32)), "x_mask has dtype int32; expected bool"),
+    "additive x_mask": (
+        ATTENTION,
+        dict(x_mask=zeros(B, L)),
+        "x_mask has dtype float32; expected bool.*: mask == 0 for an additive mask of 0 and -inf, mask != 0 for one of 0 and 1",
+    ),
+    "additive attn_mask": (
+        ATTENTION,
+        dict(attn_mask=zeros(B, L, L)),
+        "attn_mask has dtype float32; expected bool or integers.*: mask == 0 for an additive mask of 0 and -inf, mask != 0 for",
+    ),
     "negative start": (ATTENTION, dict(start_pos=-1), "start_pos reaches from -1 to -1; expected 0 to 4083"),
     "late start": (
         ATTENTION,
@@ -406,10 +429,22 @@ def test_start_pos_on_the_cpu_is_seen(front):
         module(front.put(zeros(B, L, D)), start_pos=start)
 
 
-def test_too_many_tokens(front):
-    module = front.build("RMSNormSelfAttention", D, HEADS, max_seq_len=8)
+@pytest.mark.parametrize("cls", ["RMSNormSelfAttention", "GPT2Block", "GPT2Stack"])
+def test_max_seq_len(front, cls):
+    """Modules of all kinds take it."""
+    build = lambda **kwargs: front.build(cls, *(2, D) if cls == "GPT2Stack" else (D,), HEADS, **kwargs)
+    late = dict(x=draw()[0]["x"], start_pos=np.full(B, 5000, np.int32))
     with pytest.raises(ValueError, match="x has 13 tokens; expected at most max_seq_len = 8"):
-        front.call(module, dict(x=zeros(B, L, D)))
+        front.call(build(max_seq_len=8), dict(x=zeros(B, L, D)))
+    with pytest.raises(ValueError, match="start_pos reaches from 5000 to 5000"):
+        front.call(build(), late)
+    assert front.call(build(max_seq_len=5000 + L), late).x_out.shape == (B, L, D)
+
+
+def test_max_seq_len_with_context(front):
+    module = front.build("GPT2Stack", 1, D, HEADS, conditioning=True, use_cross_attn=True, max_seq_len=8)
+    with pytest.raises(ValueError, match="expected at most max_seq_len = 8"):
+        front.call(module, draw("y", "context")[0])
 
 
 @needs_torch
