@@ -334,8 +334,8 @@ def run(
 ) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("bench run: torch sees no GPU; the benchmark needs an NVIDIA GPU.")
-    mmattn_torch.implementation("triton")  # never a silent fall back
-    mmattn_jax.implementation("triton")
+    mmattn_torch.set_implementation("triton")  # never a silent fall back
+    mmattn_jax.set_implementation("triton")
     functorch_config.donated_buffer = False  # a saved forward is differentiated many times
     cases = shapes.cases(what, shape_names)
     modes = dict(fwd=("fwd",), bwd=("bwd", "fwdbwd"), both=("fwd", "bwd", "fwdbwd"))[mode]

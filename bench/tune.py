@@ -100,8 +100,8 @@ def compile_part(op: str, name: str, dtype: str, first: int, step: int) -> None:
 
 
 def tune(what: str, names: list[str] | None, dtype: str, limit_s: float | None, workers: int, part: list[int] | None) -> None:
-    mmattn_torch.implementation("triton")
-    mmattn_jax.implementation("triton")
+    mmattn_torch.set_implementation("triton")
+    mmattn_jax.set_implementation("triton")
     functorch_config.donated_buffer = False
     deadline = None if limit_s is None else time.monotonic() + limit_s
     cases = shapes.cases(what, names)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from typing import NamedTuple
+import warnings
+from functools import wraps
+from typing import Literal, NamedTuple
 
 from . import check
 from ._triton import INSTALLED
 from .op import Call, dtype_name, flatten
 
+Implementation = Literal["auto", "triton", "reference"]
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 
 
@@ -24,6 +28,75 @@ def from_environment() -> str:
     value = os.environ.get("MMATTN_IMPLEMENTATION", "auto")
     check.choice("mmattn", "the environment variable MMATTN_IMPLEMENTATION", value, IMPLEMENTATIONS)
     return value
+
+
+class Block:
+    """Choose what the calls in a block run: "triton", "reference" or "auto".
+
+        with implementation("reference"):       the calls in the block
+        @implementation("reference")            the calls of a function; not of a generator or a coroutine, which raise TypeError
+        set_implementation("reference")         all other calls of the process, in all threads
+
+    "auto" takes the Triton kernels on a supported GPU and plain code of the framework elsewhere. It is the process default unless
+    the environment variable MMATTN_IMPLEMENTATION says otherwise. "triton" raises where the kernels cannot run. "reference" is
+    the formula in plain code, with every derivative that the framework has. A call's own `implementation=` goes first.
+
+    Blocks nest, one object may be entered again, and by several threads at once, and an exception ends a block as its end does.
+    A block belongs to the context that entered it (contextvars): to its thread and its asyncio task, and to the tasks that are
+    started in it. Other threads do not see it, also when they were started in the block. What has been compiled under one setting
+    (torch.compile, jax.jit) is compiled anew under another. Calling `implementation(name)` by itself chooses nothing and warns.
+    """
+
+    used = False
+
+    def __init__(self, name: Implementation):
+        check.choice("implementation", "name", name, IMPLEMENTATIONS)
+        self.name = name
+
+    def enter(self) -> None:
+        """Choose self.name, for the current context alone."""
+        raise NotImplementedError
+
+    def leave(self) -> None:
+        """Choose again what was chosen outside of the innermost block of the current context."""
+        raise NotImplementedError
+
+    def __enter__(self):
+        self.used = True
+        self.enter()
+        return self
+
+    def __exit__(self, *exception):
+        self.leave()
+
+    def __call__(self, function):
+        self.used = True
+        if any(is_kind(function) for is_kind in LATER):
+            raise TypeError(
+                f"implementation: {function.__qualname__} runs after the call of it has returned (a generator or a coroutine); "
+                f'expected a plain function. Write `with implementation("{self.name}"):` inside of it.'
+            )
+        kind, name = type(self), self.name
+
+        @wraps(function)
+        def inner(*args, **kwargs):
+            with kind(name):  # torch.compile enters no object from outside of the function that it compiles
+                return function(*args, **kwargs)
+
+        return inner
+
+    def __del__(self):
+        if not self.used and hasattr(self, "name"):
+            this = f'implementation("{self.name}")'
+            warnings.warn(
+                f"{this} was not entered, so it chose nothing; expected `with {this}:` or a decorator. "
+                f'set_implementation("{self.name}") sets the process default.',
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+LATER = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
 
 
 def decide(call: Call, requested: str | None, default: str, device_problem: str | None) -> Explanation:

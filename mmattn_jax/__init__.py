@@ -5,7 +5,7 @@ from mmattn.op import Target
 
 from . import nn
 from ._bind import CHECKPOINT_NAMES, set_target
-from ._choice import implementation
+from ._choice import implementation, set_implementation
 from ._jax_triton import EXPORT_CHECKS
 from .convert import from_torch, load_safetensors, save_safetensors, to_torch
 from .ops import (
@@ -44,6 +44,7 @@ __all__ = [
     "rms_norm",
     "rmsnorm_adaln",
     "save_safetensors",
+    "set_implementation",
     "set_target",
     "to_torch",
 ]

@@ -1,40 +1,77 @@
-"""The process default of `implementation=`, which is part of the key of JAX's caches."""
+"""Which implementation calls take that do not say it themselves; part of the key of JAX's caches."""
 
 from __future__ import annotations
 
-from typing import Literal
+import threading
+from contextvars import ContextVar
 
 import jax
 
 from mmattn import check
-from mmattn.choice import IMPLEMENTATIONS, from_environment
+from mmattn.choice import IMPLEMENTATIONS, Block, Implementation, from_environment
 
-Implementation = Literal["auto", "triton", "reference"]
+key = jax.make_user_context(from_environment())
+"""What jit's caches are keyed by: the process default, which it holds, or what `Thread` puts in its place."""
 
-_default = jax.make_user_context(from_environment())
+
+class Thread(threading.local):
+    """The innermost block of this thread, as the key of jit's caches has it."""
+
+    name: str | None = None
+    scope = None
+
+    def enter(self, name: str | None) -> None:
+        """Let the key say `name`, or the process default for None. At most one scope of JAX's is open in a thread: several would
+        have to be closed in order, and asyncio tasks close their blocks in any order."""
+        if self.scope is not None:
+            self.scope.__exit__(None, None, None)
+        self.name, self.scope = name, None if name is None else key(name)
+        if self.scope is not None:
+            self.scope.__enter__()
+
+
+thread = Thread()
+_context: ContextVar[tuple[str, ...]] = ContextVar("mmattn_jax.implementation", default=())
+
+
+def innermost() -> str | None:
+    blocks = _context.get()
+    return blocks[-1] if blocks else None
 
 
 def current() -> str:
-    return _default.value
+    name = innermost()
+    if name != thread.name:
+        raise RuntimeError(
+            f"implementation: this context is in {described(name)}, its thread is in {described(thread.name)}, and jax.jit's "
+            "cache tells threads apart, not contexts; expected a block that is entered and left where its calls are. Do not "
+            "await in a block, enter one again in a thread that runs a copy of a context, or pass implementation= to the call."
+        )
+    return key.get_global() if name is None else name
 
 
-class implementation:
-    """Choose the implementation of the ops: "triton", "reference" or "auto".
+def described(name: str | None) -> str:
+    return "no block" if name is None else f'a block of "{name}"'
 
-    `implementation("reference")` sets the default of the process, `with implementation("reference"):` that of the block.
-    The first default is MMATTN_IMPLEMENTATION, else "auto". A jitted function that was traced under another setting is
-    traced anew. An op's own `implementation=` goes first.
+
+class implementation(Block):
+    __doc__ = f"""{Block.__doc__.rstrip()}
+
+    In JAX, a backward and what jax.checkpoint recomputes take what was traced forward. The cache of jax.jit tells threads apart,
+    not contexts: do not await in a block. While a task does, calls of other tasks raise RuntimeError where they are traced, and
+    functions that are compiled already run as the block says.
     """
 
-    def __init__(self, name: Implementation):
-        check.choice("implementation", "name", name, IMPLEMENTATIONS)
-        self._before = _default.get_global()
-        self._scope = _default(name)
-        _default.set_global(name)
+    def enter(self) -> None:
+        _context.set((*_context.get(), self.name))
+        thread.enter(innermost())
 
-    def __enter__(self) -> None:
-        _default.set_global(self._before)
-        self._scope.__enter__()
+    def leave(self) -> None:
+        _context.set(_context.get()[:-1])
+        thread.enter(innermost())
 
-    def __exit__(self, *exception) -> None:
-        self._scope.__exit__(*exception)
+
+def set_implementation(name: Implementation) -> None:
+    """Set what calls outside of all `implementation` blocks run, in all threads: "triton", "reference" or "auto"."""
+    check.choice("set_implementation", "name", name, IMPLEMENTATIONS)
+    key.set_global(name)

@@ -3,7 +3,7 @@
 from mmattn import __version__
 
 from . import nn
-from ._choice import implementation
+from ._choice import implementation, set_implementation
 from .nn import AttentionOutput, GPT2Block, GPT2Stack, RMSNormSelfAttention, RMSNormSelfCrossAttention
 from .ops import (
     explain,
@@ -42,4 +42,5 @@ __all__ = [
     "rms_norm",
     "rmsnorm_adaln",
     "save_safetensors",
+    "set_implementation",
 ]

@@ -36,8 +36,7 @@ from mmattn._triton import triton
 from mmattn.choice import ROCM, Explanation, decide, no_gradient, not_a_gpu, old_gpu
 from mmattn.op import DTYPE_NAMES, UNUSED, Call, Layout, Op, Operands, Plan, Spec, Target, flatten, owners, row_stride, unflatten
 
-from . import _choice
-from ._choice import current
+from ._choice import current, of_context
 from ._fold import fold, fold_operands, lead, unfold
 from ._fused import FUSED
 
@@ -595,7 +594,7 @@ def perform(core: Callable[..., Call], requested: str | None, *args, **kwargs) -
         return execute(checked(core, args, {name: constant(x) for name, x in kwargs.items()}), requested)
     if not plain():
         return execute(checked(core, args, kwargs), requested)
-    key, tensors, addresses = [core, requested, _choice.default], [], []
+    key, tensors, addresses = [core, requested, of_context()], [], []
     if not describe((*args, *kwargs.values()), key, tensors, addresses):
         return execute(checked(core, args, kwargs), requested)
     key = tuple(key)

@@ -512,33 +512,6 @@ def test_an_amd_gpu_takes_the_reference(cpu, monkeypatch):
         mmattn_torch.rms_norm(x, implementation="triton")
 
 
-def test_implementation_sets_and_restores(kernels):
-    x = randn(2, 5, D)
-    path = lambda **how: mmattn_torch.explain("rms_norm", x, **how).path
-    with mmattn_torch.implementation("reference"):
-        assert path() == "reference"
-        assert path(implementation="auto") == path(implementation="triton") == "triton"
-        with mmattn_torch.implementation("triton"):
-            assert path() == "triton"
-        assert path() == "reference"
-    assert path() == "triton"
-    former = mmattn_torch.implementation("reference")
-    assert path() == "reference"
-    former.__exit__()
-    assert path() == "triton"
-    again = mmattn_torch.implementation("reference")
-    for _ in range(2):
-        with again:
-            assert path() == "reference"
-            with again:
-                assert path() == "reference"
-        assert path() == "triton"
-    assert mmattn_torch.implementation("reference")(path)() == "reference"
-    assert path() == "triton"
-    with pytest.raises(ValueError, match="implementation: name is 'cuda'; expected one of 'auto', 'triton', 'reference'"):
-        mmattn_torch.implementation("cuda")
-
-
 def test_float64_has_every_derivative(cpu):
     """It takes the reference whatever is asked for, not torch's fused code."""
     q = randn(1, 3, 1, 8, dtype=torch.float64).requires_grad_()
