@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import warnings
 from functools import wraps
 from typing import Literal, NamedTuple
 
@@ -44,7 +43,8 @@ class Block:
     Blocks nest, one object may be entered again, and by several threads at once, and an exception ends a block as its end does.
     A block belongs to the context that entered it (contextvars): to its thread and its asyncio task, and to the tasks that are
     started in it. Other threads do not see it, also when they were started in the block. What has been compiled under one setting
-    (torch.compile, jax.jit) is compiled anew under another. Calling `implementation(name)` by itself chooses nothing and warns.
+    (torch.compile, jax.jit) is compiled anew under another. `implementation(name)` as a statement of its own sets the process
+    default, as set_implementation does: it takes effect when the object goes without having been a block or a decorator.
     """
 
     used = False
@@ -59,6 +59,10 @@ class Block:
 
     def leave(self) -> None:
         """Choose again what was chosen outside of the innermost block of the current context."""
+        raise NotImplementedError
+
+    def set_default(self, name: Implementation) -> None:
+        """Set the process default."""
         raise NotImplementedError
 
     def __enter__(self):
@@ -86,14 +90,9 @@ class Block:
         return inner
 
     def __del__(self):
+        # Not in the constructor: a block would show its setting to other threads until it is entered.
         if not self.used and hasattr(self, "name"):
-            this = f'implementation("{self.name}")'
-            warnings.warn(
-                f"{this} was not entered, so it chose nothing; expected `with {this}:` or a decorator. "
-                f'set_implementation("{self.name}") sets the process default.',
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            self.set_default(self.name)
 
 
 LATER = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)

@@ -98,10 +98,11 @@ class Form(NamedTuple):
 
 def bind(call: Call, requested: str | None) -> Any:
     """The public result of a call. What tracing knows decides here between kernels and reference, the rest at lowering."""
-    op, wanted = call.op, requested or current()
+    op = call.op
     arrays, layout = flatten(op, call.operands)
     arrays = [jnp.asarray(x) for x in arrays]
-    if decide(call, requested, current(), None).path == "reference":
+    wanted = requested or current(traced=any(isinstance(x, jax.core.Tracer) for x in arrays))
+    if decide(call, requested, wanted, None).path == "reference":
         return call.result(formula(op, layout, call.static, arrays))
     outs, extras = op.infer(unflatten(layout, arrays), **dict(call.static))
     form = Form(call.name, layout, call.static, len(outs), len(extras))

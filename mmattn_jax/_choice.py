@@ -39,9 +39,10 @@ def innermost() -> str | None:
     return blocks[-1] if blocks else None
 
 
-def current() -> str:
+def current(traced: bool = False) -> str:
+    """The setting of the current context. traced: whether the call is being traced, into a cache whose key is the thread's."""
     name = innermost()
-    if name != thread.name:
+    if traced and name != thread.name:
         raise RuntimeError(
             f"implementation: this context is in {described(name)}, its thread is in {described(thread.name)}, and jax.jit's "
             "cache tells threads apart, not contexts; expected a block that is entered and left where its calls are. Do not "
@@ -58,8 +59,8 @@ class implementation(Block):
     __doc__ = f"""{Block.__doc__.rstrip()}
 
     In JAX, a backward and what jax.checkpoint recomputes take what was traced forward. The cache of jax.jit tells threads apart,
-    not contexts: do not await in a block. While a task does, calls of other tasks raise RuntimeError where they are traced, and
-    functions that are compiled already run as the block says.
+    not contexts: do not await in a block around jitted calls. While a task does, jitted calls of other tasks raise RuntimeError
+    where they are traced, and functions that are compiled already run as the block says; calls outside of jit are right.
     """
 
     def enter(self) -> None:
@@ -69,6 +70,9 @@ class implementation(Block):
     def leave(self) -> None:
         _context.set(_context.get()[:-1])
         thread.enter(innermost())
+
+    def set_default(self, name: Implementation) -> None:
+        set_implementation(name)
 
 
 def set_implementation(name: Implementation) -> None:

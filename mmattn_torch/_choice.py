@@ -84,6 +84,9 @@ class implementation(Block):
         else:
             _context.set(state_of_context().outer)
 
+    def set_default(self, name: Implementation) -> None:
+        set_implementation(name)
+
 
 def set_implementation(name: Implementation) -> None:
     """Set what calls outside of all `implementation` blocks run, in all threads: "triton", "reference" or "auto"."""
