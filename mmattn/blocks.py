@@ -9,9 +9,13 @@ One block of the seed, for the token stream x and, where the module has one, the
 
 Without conditioning LN has a weight and a bias of its own, s = b = 0 and g = 1.
 
-Each gated residual and the norm behind it, Attention's last RMSNorm included, are one operation. So that this holds from one
-block to the next too, a stack hands its blocks an Unadded stream, and gets one back: what the MLP says is added by the
-operation that begins the next block.
+Each gated residual and the norm behind it, Attention's last RMSNorm included, are one operation, and so are the norms of q and k,
+RoPE and attention. Such an operation reads the weight of a layer that it does not call. Where that would be noticed (hooks,
+sharding, offloading, a user's own layer: `ops.untouched` is false), the layer is called, and what it was joined with is done
+apart: the same mathematics, rounded once more.
+
+Likewise from one block of a stack to the next: what the MLP says is added by the operation that begins the next block, unless one
+of the two is touched. Such an Unadded stream is seen in this file only: public modules are given arrays and return arrays.
 
 Padding (x_mask, context_mask; True = token) is silent both ways: it enters and leaves every module as 0, so whatever it
 holds, NaN included, reaches no output, and no gradient comes back through it. Within a block, or a stack, the padding's own
@@ -21,6 +25,9 @@ What `ops` has besides the public operations:
     rows(v, n)                n row vectors per sample of v (B, n * D) or (B, 1, n * D), read in place
     angles(m, x, n)           cos and sin of RoPE's first n positions at least, on x's device
     vector(weight)            a layer's weight as an operand of an operation
+    untouched(m, kind)        whether m is our own "RMSNorm", "Sequential", "Attention" or "GPT2Block", and nobody would notice if
+                              m was not called but its layers and weights were used
+    xp                        the array namespace
     where(mask, x, 0)
     extent(start_pos)         smallest and largest value, None where they cannot be seen without a synchronisation
     per_sample(start_pos, x)  start_pos as an array (B,) on x's device
@@ -31,7 +38,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from . import check
-from .op import cast, dtype_name
+from .op import cast, dtype_name, wide
+from .qk_norm_rope import rotate
 
 LAYER_NORM_EPS = 1e-6
 RMS_NORM_EPS = 1.1920929e-7  # what torch.nn.RMSNorm(eps=None) means in every dtype but float64
@@ -45,7 +53,7 @@ class AttentionOutput(NamedTuple):
 
 
 class Unadded(NamedTuple):
-    """A stream within a stack, x + gate * h, not yet added up; h is None at the start."""
+    """A stream x + gate * h that is not yet added up; h is None where it is."""
 
     x: Any
     h: Any = None
@@ -80,20 +88,37 @@ def check_block(name: str, dropout: float, conditioning: bool, use_cross_attn: b
         )
 
 
-def attention(ops, m, x, context=None, attn_mask=None, start_pos=None, x_mask=None, context_mask=None) -> AttentionOutput:
-    """Joint attention of one or two streams, with QK-RMSNorm over the full width and RoPE on the tokens only."""
-    streams, masks = checked_streams(type(m).__name__, m, x, context, x_mask, context_mask, m.use_context)
-    outs = projected(ops, m, streams, masks, attn_mask, start_pos)
-    return AttentionOutput(
-        *(silent(ops, getattr(m, prefix + "to_out")[1](o), mask) for prefix, o, mask in zip(PREFIXES, outs, masks, strict=False))
-    )
-
-
 PREFIXES = ("", "c_")  # of the layers of tokens and context
 
 
-def projected(ops, m, streams, masks, attn_mask, start_pos):
-    """What attention says to each stream, before its last RMSNorm."""
+def attention(ops, m, x, context=None, attn_mask=None, start_pos=None, x_mask=None, context_mask=None) -> AttentionOutput:
+    """Joint attention of one or two streams, with QK-RMSNorm over the full width and RoPE on the tokens only."""
+    streams, masks = checked_streams(type(m).__name__, m, x, context, x_mask, context_mask, m.use_context)
+    outs = attended(ops, m, streams, masks, attn_mask, start_pos)
+    return AttentionOutput(
+        *(silent(ops, getattr(m, prefix + "to_out")(o), mask) for prefix, o, mask in zip(PREFIXES, outs, masks, strict=False))
+    )
+
+
+def branches(ops, m, streams, masks, attn_mask, start_pos):
+    """What a block's attention m says to each stream, and its last RMSNorm if that is not applied yet, or None."""
+    if not ops.untouched(m, "Attention"):
+        return [(o, None) for o in m(*streams, attn_mask, start_pos, *masks) if o is not None]
+    outs = attended(ops, m, streams, masks, attn_mask, start_pos)
+    return [projected(ops, getattr(m, prefix + "to_out"), o) for prefix, o in zip(PREFIXES, outs, strict=False)]
+
+
+def projected(ops, to_out, o):
+    if not (ops.untouched(to_out, "Sequential") and ops.untouched(to_out[-1], "RMSNorm")):
+        return to_out(o), None
+    *layers, norm = to_out
+    for layer in layers:
+        o = layer(o)
+    return o, norm
+
+
+def attended(ops, m, streams, masks, attn_mask, start_pos):
+    """The heads' outputs of each stream side by side, (B, L, heads * head width)."""
     name, x = type(m).__name__, streams[0]
     attn_mask = boolean_mask(name, attn_mask, x)
     n, inner = len(streams), m.num_head * m.dim_head
@@ -103,27 +128,42 @@ def projected(ops, m, streams, masks, attn_mask, start_pos):
         getattr(m, prefix + "to_qkv")(silent(ops, s, mask)).reshape(*s.shape[:2], 3, m.num_head, m.dim_head)
         for prefix, s, mask in zip(prefixes, streams, masks, strict=True)
     )
+    q_norms, k_norms = ([getattr(m, f"{prefix}rms_norm_{part}") for prefix in prefixes] for part in "qk")
     cos, sin = ops.angles(m, x, x.shape[1] if start_pos is None else m.max_seq_len)
-    qk = dict(
-        q_weight=tuple(ops.vector(getattr(m, prefix + "rms_norm_q").weight) for prefix in prefixes),
-        k_weight=tuple(ops.vector(getattr(m, prefix + "rms_norm_k").weight) for prefix in prefixes),
-        over="width",
-        eps=RMS_NORM_EPS,
-        cos=(cos, None)[:n],
-        sin=(sin, None)[:n],
-        start_pos=positions(ops, m, x, start_pos),
-    )
-    if m.linear:
-        outs = linear_attention(ops, qkv, qk, attn_mask, masks)
+    rope = dict(cos=(cos, None)[:n], sin=(sin, None)[:n], start_pos=positions(ops, m, x, start_pos))
+    if all(ops.untouched(norm, "RMSNorm") for norm in (*q_norms, *k_norms)):
+        q_weight, k_weight = (tuple(ops.vector(norm.weight) for norm in norms) for norms in (q_norms, k_norms))
+        qk = dict(q_weight=q_weight, k_weight=k_weight, over="width", eps=RMS_NORM_EPS, **rope)
+        if not m.linear:
+            outs = ops.qk_norm_rope_attention(qkv, **qk, attn_mask=attn_mask, key_masks=masks)
+            return [o.reshape(*o.shape[:2], inner) for o in outs]
+        q, k = ops.qk_norm_rope(qkv, **qk)
     else:
-        outs = ops.qk_norm_rope_attention(qkv, **qk, attn_mask=attn_mask, key_masks=masks)
-    return [getattr(m, prefix + "to_out")[0](o.reshape(*o.shape[:2], inner)) for prefix, o in zip(prefixes, outs, strict=True)]
+        q, k = (normed(ops, [s[:, :, i] for s in qkv], norms, **rope) for i, norms in enumerate((q_norms, k_norms)))
+    attend = linear_attention if m.linear else softmax_attention
+    outs = attend(ops, q, k, tuple(s[:, :, 2] for s in qkv), attn_mask, masks)
+    return [o.reshape(*o.shape[:2], inner) for o in outs]
 
 
-def linear_attention(ops, qkv, qk, attn_mask, masks):
+def normed(ops, xs, norms, cos, sin, start_pos):
+    """q or k of each stream (B, L, H, d) through the norm that is called, and RoPE: what qk_norm_rope does."""
+    ys = []
+    for x, norm, c, s in zip(xs, norms, cos, sin, strict=True):
+        B, L, H, d = x.shape
+        y = norm(x.reshape(B, L, H * d)).reshape(B, L, H, d)
+        if c is not None:
+            c, s = ops.xp.asarray(c), ops.xp.asarray(s)
+            y = cast(rotate(ops.xp, wide(y), c, s, start_pos, "interleaved"), dtype_name(y))
+        ys.append(y)
+    return tuple(ys)
+
+
+def softmax_attention(ops, q, k, v, attn_mask, masks):
+    return ops.joint_attention(q, k, v, attn_mask=attn_mask, key_masks=masks)
+
+
+def linear_attention(ops, q, k, v, attn_mask, masks):
     """ReLU linear attention. Of attn_mask the seed reads the first query's row, and hides the keys that it excludes."""
-    q, k = ops.qk_norm_rope(qkv, **qk)
-    v = tuple(s[:, :, 2] for s in qkv)
     if attn_mask is not None:
         first = attn_mask[:, 0]
         attended = (first, first.any(-1)[:, None])
@@ -132,40 +172,48 @@ def linear_attention(ops, qkv, qk, attn_mask, masks):
 
 
 def block(ops, m, x, y=None, attn_mask=None, context=None, start_pos=None, x_mask=None, context_mask=None) -> AttentionOutput:
-    name = type(m).__name__
-    within_stack = isinstance(x, Unadded)
-    given = [s if isinstance(s, Unadded) else Unadded(s) for s in (x, context)]
-    x, context = (s.x for s in given)
-    streams, masks = checked_streams(name, m, x, context, x_mask, context_mask, m.use_cross_attn)
-    check_inputs(name, m, x, y, context)
-    layers, attn = ((m, m.context_layers), m.cross_attn) if m.use_cross_attn else ((m,), m.attn)
-    modulations = [modulation(ops, layer, y, x) for layer in layers]
-    to_out = [getattr(attn, prefix + "to_out")[1] for prefix, _ in zip(PREFIXES, layers, strict=False)]
-
-    streams = [Unadded(silent(ops, s.x, mask)) if s.h is None else s for s, mask in zip(given, masks, strict=False)]
-    first = [add_norm(ops, *s, layer.ln_1, rows) for s, layer, (rows, _) in zip(streams, layers, modulations, strict=True)]
-    h = projected(ops, attn, [n for _, n in first], masks, attn_mask, start_pos)
-    second = [
-        add_norm(ops, s, branch, gate_of(rows), layer.ln_2, mlp_rows, post)
-        for (s, _), branch, layer, (rows, mlp_rows), post in zip(first, h, layers, modulations, to_out, strict=True)
-    ]
-    streams = [
-        Unadded(s, layer.mlp(n), gate_of(rows)) for (s, n), layer, (_, rows) in zip(second, layers, modulations, strict=True)
-    ]
-    return AttentionOutput(*(streams if within_stack else finished(ops, streams, masks)))
+    masks = x_mask, context_mask
+    streams = advanced(ops, m, unadded(x, context), y, attn_mask, start_pos, *masks)
+    return AttentionOutput(*finished(ops, streams, masks))
 
 
 def stack(ops, m, x, y=None, attn_mask=None, context=None, start_pos=None, x_mask=None, context_mask=None) -> AttentionOutput:
-    streams = (Unadded(x), None if context is None else Unadded(context))
+    masks, streams = (x_mask, context_mask), unadded(x, context)
     for layer in m.layers:
-        streams = layer(streams[0], y, attn_mask, streams[1], start_pos, x_mask=x_mask, context_mask=context_mask)
-    streams = [s for s in streams if s is not None]
-    return AttentionOutput(*finished(ops, streams, (x_mask, context_mask)[: len(streams)]))
+        if ops.untouched(layer, "GPT2Block"):
+            streams = advanced(ops, layer, streams, y, attn_mask, start_pos, *masks)
+        else:
+            x, context = (*finished(ops, streams, masks), None)[:2]
+            streams = unadded(*layer(x, y, attn_mask, context, start_pos, *masks))
+    return AttentionOutput(*finished(ops, streams, masks))
+
+
+def unadded(*streams):
+    return [Unadded(s) for s in streams if s is not None]
+
+
+def advanced(ops, m, streams, y, attn_mask, start_pos, x_mask, context_mask):
+    """Unadded streams in front of a block -> behind it."""
+    name = type(m).__name__
+    x, context = (*(s.x for s in streams), None)[:2]
+    _, masks = checked_streams(name, m, x, context, x_mask, context_mask, m.use_cross_attn)
+    check_inputs(name, m, x, y, context)
+    layers, attn = ((m, m.context_layers), m.cross_attn) if m.use_cross_attn else ((m,), m.attn)
+    modulations = [modulation(ops, layer, y, x) for layer in layers]
+
+    streams = [Unadded(silent(ops, s.x, mask)) if s.h is None else s for s, mask in zip(streams, masks, strict=True)]
+    first = [add_norm(ops, *s, layer.ln_1, rows) for s, layer, (rows, _) in zip(streams, layers, modulations, strict=True)]
+    said = branches(ops, attn, [n for _, n in first], masks, attn_mask, start_pos)
+    second = [
+        add_norm(ops, s, h, gate_of(rows), layer.ln_2, mlp_rows, post)
+        for (s, _), (h, post), layer, (rows, mlp_rows) in zip(first, said, layers, modulations, strict=True)
+    ]
+    return [Unadded(s, layer.mlp(n), gate_of(rows)) for (s, n), layer, (_, rows) in zip(second, layers, modulations, strict=True)]
 
 
 def finished(ops, streams, masks):
     """The streams added up, their padding 0."""
-    return [silent(ops, add(ops, *s), mask) for s, mask in zip(streams, masks, strict=True)]
+    return [silent(ops, add(ops, *s), mask) for s, mask in zip(streams, masks, strict=False)]
 
 
 def modulation(ops, layers, y, x):

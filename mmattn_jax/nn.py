@@ -38,16 +38,25 @@ def _angles(m: nnx.Module, x: jax.Array, n: int) -> tuple[np.ndarray, np.ndarray
     return tuple(t[:n] for t in rope.table(m.max_seq_len, m.dim_head))  # constants of the program: no more than it needs
 
 
+def _untouched(module: nnx.Module, kind: str) -> bool:
+    """Whether calling a module would run our own method. nnx.tabulate and users who want nnx.remat put another into the class."""
+    cls = type(module)
+    return _CALLS[kind].get(cls) is cls.__call__
+
+
 ops = SimpleNamespace(
     layernorm_adaln=_ops.layernorm_adaln,
     gated_residual=_ops.gated_residual,
     gated_residual_norm_adaln=_ops.gated_residual_norm_adaln,
     qk_norm_rope=_ops.qk_norm_rope,
     qk_norm_rope_attention=_ops.qk_norm_rope_attention,
+    joint_attention=_ops.joint_attention,
     relu_linear_attention=_ops.relu_linear_attention,
     rows=_rows,
     angles=_angles,
     vector=_vector,
+    untouched=_untouched,
+    xp=jnp,
     where=jnp.where,
     extent=_ops.extent,
     per_sample=_per_sample,
@@ -309,3 +318,14 @@ class GPT2Stack(nnx.Module):
         context_mask: jax.Array | None = None,
     ) -> AttentionOutput:
         return blocks.stack(ops, self, x, y, attn_mask, context, start_pos, x_mask, context_mask)
+
+
+_CALLS = {
+    kind: {cls: cls.__call__ for cls in classes}
+    for kind, classes in dict(
+        RMSNorm=[RMSNorm],
+        Sequential=[Sequential],
+        Attention=[RMSNormSelfAttention, RMSNormSelfCrossAttention],
+        GPT2Block=[GPT2Block],
+    ).items()
+}

@@ -54,7 +54,8 @@ def extent(start_pos) -> tuple[int, int] | None:
         return None
     if isinstance(start_pos, jax.Array) and any(d.platform != "cpu" for d in start_pos.devices()):
         return None
-    return int(np.min(start_pos)), int(np.max(start_pos))
+    start_pos = np.asarray(start_pos)  # under trace the array's own min would be traced
+    return int(start_pos.min()), int(start_pos.max())
 
 
 def precision() -> str:

@@ -65,16 +65,31 @@ def _angles(m: _Attention, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return _tables(*key)  # a FakeTensor, or another subclass of Tensor, may not meet plain ones
 
 
+def _untouched(module: nn.Module, kind: str) -> bool:
+    """Whether calling a module would run our forward and nothing else. What offloads, shards, checkpoints, compiles or adapts a
+    module, or looks at it, sets hooks, a forward or a class of its own."""
+    cls = type(module)
+    return (
+        _FORWARDS[kind].get(cls) is cls.forward
+        and "forward" not in module.__dict__
+        and module._compiled_call_impl is None
+        and not (module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks)
+    )
+
+
 ops = SimpleNamespace(
     layernorm_adaln=_ops.layernorm_adaln,
     gated_residual=_ops.gated_residual,
     gated_residual_norm_adaln=_ops.gated_residual_norm_adaln,
     qk_norm_rope=_ops.qk_norm_rope,
     qk_norm_rope_attention=_ops.qk_norm_rope_attention,
+    joint_attention=_ops.joint_attention,
     relu_linear_attention=_ops.relu_linear_attention,
     rows=lambda v, n: v.chunk(n, -1),
     angles=_angles,
     vector=lambda weight: weight,
+    untouched=_untouched,
+    xp=torch,
     where=torch.where,
     extent=_ops.extent,
     per_sample=_per_sample,
@@ -354,3 +369,14 @@ class GPT2Stack(nn.Module):
         context_mask: Tensor | None = None,
     ) -> AttentionOutput:
         return blocks.stack(ops, self, x, y, attn_mask, context, start_pos, x_mask, context_mask)
+
+
+_FORWARDS = {
+    kind: {cls: cls.forward for cls in classes}
+    for kind, classes in dict(
+        RMSNorm=[RMSNorm],
+        Sequential=[nn.Sequential],
+        Attention=[RMSNormSelfAttention, RMSNormSelfCrossAttention],
+        GPT2Block=[GPT2Block],
+    ).items()
+}
