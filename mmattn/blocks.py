@@ -7,7 +7,8 @@ One block of the seed, for the token stream x and, where the module has one, the
     x = x + g1 * o
     x = x + g2 * MLP(LN(x) * (1 + s2) + b2)           MLP = Linear, SiLU, Linear, Dropout
 
-Without conditioning LN has a weight and a bias of its own, s = b = 0 and g = 1.
+Without conditioning LN has a weight and a bias of its own, s = b = 0 and g = 1. With context_pre_only the context gives keys and
+values to the attention and is left as it is: of the above it has s1, b1 and the norm.
 
 Each gated residual and the norm behind it, Attention's last RMSNorm included, are one operation, and so are the norms of q and k,
 RoPE and attention. Such an operation reads the weight of a layer that it does not call. Where that would be noticed (hooks,
@@ -79,13 +80,19 @@ def head_width(name: str, dim: int, num_head: int, dim_head: int | None) -> int:
     return dim_head
 
 
-def check_block(name: str, dropout: float, conditioning: bool, use_cross_attn: bool) -> None:
+def check_block(name: str, dropout: float, conditioning: bool, use_cross_attn: bool, context_pre_only: bool) -> None:
     if not 0 <= dropout < 1:
         raise ValueError(f"{name}: dropout is {dropout}; expected a probability, 0 <= dropout < 1. Use 0 for no dropout.")
     if use_cross_attn and not conditioning:
         raise ValueError(
             f"{name}: use_cross_attn=True needs conditioning=True: the context stream has no norm weights of its own."
         )
+    check_pre_only(name, context_pre_only, "use_cross_attn", use_cross_attn)
+
+
+def check_pre_only(name: str, context_pre_only: bool, argument: str, has_context: bool) -> None:
+    if context_pre_only and not has_context:
+        raise ValueError(f"{name}: context_pre_only=True needs {argument}=True: without a context there is nothing to leave out.")
 
 
 PREFIXES = ("", "c_")  # of the layers of tokens and context
@@ -123,26 +130,40 @@ def attended(ops, m, streams, masks, attn_mask, start_pos):
     attn_mask = boolean_mask(name, attn_mask, x)
     n, inner = len(streams), m.num_head * m.dim_head
     prefixes = PREFIXES[:n]
+    # Of a context that is left as it is, there are no queries to norm.
+    q_norms, k_norms = ([getattr(m, f"{prefix}rms_norm_{part}") for prefix in prefixes] for part in "qk")
+    asks = [norm is not None for norm in q_norms]
 
     qkv = tuple(
-        getattr(m, prefix + "to_qkv")(silent(ops, s, mask)).reshape(*s.shape[:2], 3, m.num_head, m.dim_head)
-        for prefix, s, mask in zip(prefixes, streams, masks, strict=True)
+        packed(ops, m, getattr(m, prefix + "to_qkv")(silent(ops, s, mask)), ask)
+        for prefix, s, mask, ask in zip(prefixes, streams, masks, asks, strict=True)
     )
-    q_norms, k_norms = ([getattr(m, f"{prefix}rms_norm_{part}") for prefix in prefixes] for part in "qk")
     cos, sin = ops.angles(m, x, x.shape[1] if start_pos is None else m.max_seq_len)
     rope = dict(cos=(cos, None)[:n], sin=(sin, None)[:n], start_pos=positions(ops, m, x, start_pos))
-    if all(ops.untouched(norm, "RMSNorm") for norm in (*q_norms, *k_norms)):
-        q_weight, k_weight = (tuple(ops.vector(norm.weight) for norm in norms) for norms in (q_norms, k_norms))
+    joined = all(ops.untouched(norm, "RMSNorm") for norm in (*q_norms, *k_norms) if norm is not None)
+    if joined:
+        k_weight = tuple(ops.vector(norm.weight) for norm in k_norms)
+        # Where q is 0 any weight will do.
+        q_weight = tuple(w if norm is None else ops.vector(norm.weight) for norm, w in zip(q_norms, k_weight, strict=True))
         qk = dict(q_weight=q_weight, k_weight=k_weight, over="width", eps=RMS_NORM_EPS, **rope)
-        if not m.linear:
-            outs = ops.qk_norm_rope_attention(qkv, **qk, attn_mask=attn_mask, key_masks=masks)
-            return [o.reshape(*o.shape[:2], inner) for o in outs]
-        q, k = ops.qk_norm_rope(qkv, **qk)
+    if joined and not m.linear:
+        outs = ops.qk_norm_rope_attention(qkv, **qk, attn_mask=attn_mask, key_masks=masks)
     else:
-        q, k = (normed(ops, [s[:, :, i] for s in qkv], norms, **rope) for i, norms in enumerate((q_norms, k_norms)))
-    attend = linear_attention if m.linear else softmax_attention
-    outs = attend(ops, q, k, tuple(s[:, :, 2] for s in qkv), attn_mask, masks)
-    return [o.reshape(*o.shape[:2], inner) for o in outs]
+        if joined:
+            q, k = ops.qk_norm_rope(qkv, **qk)
+        else:
+            q, k = (normed(ops, [s[:, :, i] for s in qkv], norms, **rope) for i, norms in enumerate((q_norms, k_norms)))
+        attend = linear_attention if m.linear else softmax_attention
+        outs = attend(ops, q, k, tuple(s[:, :, 2] for s in qkv), attn_mask, masks)
+    return [o.reshape(*o.shape[:2], inner) for o, ask in zip(outs, asks, strict=True) if ask]
+
+
+def packed(ops, m, projection, asks: bool):
+    """A projection as (B, L, 3, H, d). A stream that gives keys and values only gets q = 0: the operations have no such streams
+    yet, so its output is computed like any other, and left out."""
+    B, L, _ = projection.shape
+    x = projection.reshape(B, L, 3 if asks else 2, m.num_head, m.dim_head)
+    return x if asks else ops.xp.concatenate([ops.xp.zeros_like(x[:, :, :1]), x], axis=2)
 
 
 def normed(ops, xs, norms, cos, sin, start_pos):
@@ -150,7 +171,7 @@ def normed(ops, xs, norms, cos, sin, start_pos):
     ys = []
     for x, norm, c, s in zip(xs, norms, cos, sin, strict=True):
         B, L, H, d = x.shape
-        y = norm(x.reshape(B, L, H * d)).reshape(B, L, H, d)
+        y = x if norm is None else norm(x.reshape(B, L, H * d)).reshape(B, L, H, d)
         if c is not None:
             c, s = ops.xp.asarray(c), ops.xp.asarray(s)
             y = cast(rotate(ops.xp, wide(y), c, s, start_pos, "interleaved"), dtype_name(y))
@@ -204,11 +225,15 @@ def advanced(ops, m, streams, y, attn_mask, start_pos, x_mask, context_mask):
     streams = [Unadded(silent(ops, s.x, mask)) if s.h is None else s for s, mask in zip(streams, masks, strict=True)]
     first = [add_norm(ops, *s, layer.ln_1, rows) for s, layer, (rows, _) in zip(streams, layers, modulations, strict=True)]
     said = branches(ops, attn, [n for _, n in first], masks, attn_mask, start_pos)
+    updated = 1 if m.context_pre_only else len(layers)
     second = [
         add_norm(ops, s, h, gate_of(rows), layer.ln_2, mlp_rows, post)
-        for (s, _), (h, post), layer, (rows, mlp_rows) in zip(first, said, layers, modulations, strict=True)
+        for (s, _), (h, post), layer, (rows, mlp_rows) in zip(first[:updated], said, layers, modulations, strict=False)
     ]
-    return [Unadded(s, layer.mlp(n), gate_of(rows)) for (s, n), layer, (_, rows) in zip(second, layers, modulations, strict=True)]
+    behind = [
+        Unadded(s, layer.mlp(n), gate_of(rows)) for (s, n), layer, (_, rows) in zip(second, layers, modulations, strict=False)
+    ]
+    return behind + [Unadded(s) for s, _ in first[updated:]]
 
 
 def finished(ops, streams, masks):
@@ -217,10 +242,11 @@ def finished(ops, streams, masks):
 
 
 def modulation(ops, layers, y, x):
-    """(scale, shift, gate) of the attention and of the MLP; None and None without conditioning."""
+    """(scale, shift, gate) of the attention and of the MLP; None and None without conditioning. A context that is left as it is
+    has scale and shift of the attention only."""
     if y is None:
         return None, None
-    rows = ops.rows(fitting(layers.adaLN_modulation(y), x), 6)
+    rows = ops.rows(fitting(layers.adaLN_modulation(y), x), 2 if layers.pre_only else 6)
     return rows[:3], rows[3:]
 
 

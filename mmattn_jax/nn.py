@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -106,18 +107,22 @@ class RMSNorm(nnx.Module):
 class _Attention(nnx.Module):
     """Layers of one stream or two."""
 
-    def __init__(self, dim, num_head, use_context, max_seq_len, linear, dim_head, *, dtype, param_dtype, rngs):
+    def __init__(
+        self, dim, num_head, use_context, max_seq_len, linear, dim_head, context_pre_only=False, *, dtype, param_dtype, rngs
+    ):
         self.dim, self.num_head, self.max_seq_len = dim, num_head, max_seq_len
-        self.use_context, self.linear = use_context, linear
+        self.use_context, self.linear, self.context_pre_only = use_context, linear, context_pre_only
         self.dim_head = blocks.head_width(type(self).__name__, dim, num_head, dim_head)
         factory = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         inner = num_head * self.dim_head
         for prefix in ("", "c_") if use_context else ("",):
+            asks = not (prefix and context_pre_only)
+            norm = partial(RMSNorm, param_dtype=param_dtype)
             layers = dict(
-                to_qkv=_linear(dim, 3 * inner, **factory),
-                rms_norm_q=RMSNorm(inner, param_dtype=param_dtype),
-                rms_norm_k=RMSNorm(inner, param_dtype=param_dtype),
-                to_out=Sequential([_linear(inner, dim, **factory), RMSNorm(dim, param_dtype=param_dtype)]),
+                to_qkv=_linear(dim, (3 if asks else 2) * inner, **factory),
+                rms_norm_q=norm(inner) if asks else None,
+                rms_norm_k=norm(inner),
+                to_out=Sequential([_linear(inner, dim, **factory), norm(dim)]) if asks else None,
             )
             for name, layer in layers.items():
                 setattr(self, prefix + name, layer)
@@ -174,7 +179,8 @@ class RMSNormSelfCrossAttention(_Attention):
 
     Every token and every context element attends to both. Only x is rotated: the context has no order. attn_mask covers x;
     x attends to the context where it attends to anything, the context to every token that anything attends to and to itself.
-    Otherwise as RMSNormSelfAttention.
+    Otherwise as RMSNormSelfAttention. With context_pre_only the context gives keys and values and asks nothing: it has no
+    c_rms_norm_q and no c_to_out, c_to_qkv gives k and v only, and context_out is None.
 
     module(x (B, L, D), context (B, C, D), attn_mask (B, L, L), start_pos, x_mask (B, L), context_mask (B, C))
         -> AttentionOutput(x_out (B, L, D), context_out (B, C, D) or None without context)
@@ -190,14 +196,15 @@ class RMSNormSelfCrossAttention(_Attention):
         max_seq_len: int = 4096,
         linear: bool = False,
         dim_head: int | None = None,
+        context_pre_only: bool = False,
         *,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        super().__init__(
-            dim, num_head, use_context, max_seq_len, linear, dim_head, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-        )
+        blocks.check_pre_only(type(self).__name__, context_pre_only, "use_context", use_context)
+        sizes = (dim, num_head, use_context, max_seq_len, linear, dim_head, context_pre_only)
+        super().__init__(*sizes, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -214,14 +221,16 @@ class RMSNormSelfCrossAttention(_Attention):
 class _StreamLayers(nnx.Module):
     """What one stream of a block has besides attention."""
 
-    def __init__(self, dim, dim_feedforward, dropout, conditioning, *, dtype, param_dtype, rngs):
+    def __init__(self, dim, dim_feedforward, dropout, conditioning, pre_only=False, *, dtype, param_dtype, rngs):
         factory = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.pre_only = pre_only
         norm = lambda: None if conditioning else LayerNorm(dim, param_dtype=param_dtype)
         self.ln_1, self.ln_2 = norm(), norm()
         if conditioning:
-            self.adaLN_modulation = Sequential([_silu, _linear(dim, 6 * dim, **factory)])
-        mlp = [_linear(dim, dim_feedforward, **factory), _silu, _linear(dim_feedforward, dim, **factory)]
-        self.mlp = Sequential([*mlp, *([nnx.Dropout(dropout, rngs=rngs)] if dropout else [])])
+            self.adaLN_modulation = Sequential([_silu, _linear(dim, (2 if pre_only else 6) * dim, **factory)])
+        if not pre_only:
+            mlp = [_linear(dim, dim_feedforward, **factory), _silu, _linear(dim_feedforward, dim, **factory)]
+            self.mlp = Sequential([*mlp, *([nnx.Dropout(dropout, rngs=rngs)] if dropout else [])])
 
 
 class GPT2Block(_StreamLayers):
@@ -240,6 +249,8 @@ class GPT2Block(_StreamLayers):
     conditioning     whether y modulates the norms.
     use_cross_attn   whether there is a context stream; needs conditioning.
     max_seq_len      positions that RoPE knows.
+    context_pre_only whether the context only gives keys and values, and is left as it is: context_out is the context. Its
+                     adaLN_modulation then has scale and shift only, it has no MLP, and its attention is as told there.
 
     module(x (B, L, D), y (B, 1, D) or (B, D), attn_mask (B, L, L), context (B, C, D), start_pos, x_mask, context_mask)
         -> AttentionOutput(x_out (B, L, D), context_out (B, C, D) or None); the rest as in RMSNormSelfCrossAttention.
@@ -257,18 +268,21 @@ class GPT2Block(_StreamLayers):
         conditioning: bool = False,
         use_cross_attn: bool = False,
         max_seq_len: int = 4096,
+        context_pre_only: bool = False,
         *,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        blocks.check_block(type(self).__name__, dropout, conditioning, use_cross_attn)
+        blocks.check_block(type(self).__name__, dropout, conditioning, use_cross_attn, context_pre_only)
         factory = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         super().__init__(dim_base, dim_feedforward, dropout, conditioning, **factory)
         self.dim, self.conditioning, self.use_cross_attn = dim_base, conditioning, use_cross_attn
+        self.context_pre_only = context_pre_only
         if use_cross_attn:
-            self.context_layers = _StreamLayers(dim_base, dim_feedforward, dropout, conditioning, **factory)
-            self.cross_attn = RMSNormSelfCrossAttention(dim_base, num_attn_head, True, max_seq_len, dim_head=dim_head, **factory)
+            self.context_layers = _StreamLayers(dim_base, dim_feedforward, dropout, conditioning, context_pre_only, **factory)
+            sizes = (dim_base, num_attn_head, True, max_seq_len, False, dim_head, context_pre_only)
+            self.cross_attn = RMSNormSelfCrossAttention(*sizes, **factory)
         else:
             self.attn = RMSNormSelfAttention(dim_base, num_attn_head, max_seq_len, dim_head=dim_head, **factory)
 
@@ -286,7 +300,12 @@ class GPT2Block(_StreamLayers):
 
 
 class GPT2Stack(nnx.Module):
-    """`depth` blocks in a row, layers.0, layers.1, ...; arguments and call as in GPT2Block."""
+    """`depth` blocks in a row, layers.0, layers.1, ...; arguments and call as in GPT2Block.
+
+    context_pre_only  the last block leaves the context as it is, so that a loss on x_out alone reaches every parameter.
+
+    A layer may be replaced by any module with GPT2Block's call.
+    """
 
     def __init__(
         self,
@@ -299,13 +318,16 @@ class GPT2Stack(nnx.Module):
         conditioning: bool = False,
         use_cross_attn: bool = False,
         max_seq_len: int = 4096,
+        context_pre_only: bool = False,
         *,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         block = (dim_base, num_attn_head, dim_head, dim_feedforward, dropout, conditioning, use_cross_attn, max_seq_len)
-        self.layers = nnx.List([GPT2Block(*block, dtype=dtype, param_dtype=param_dtype, rngs=rngs) for _ in range(depth)])
+        pre_only = [context_pre_only and i == depth - 1 for i in range(depth)]
+        factory = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.layers = nnx.List([GPT2Block(*block, last, **factory) for last in pre_only])
 
     def __call__(
         self,

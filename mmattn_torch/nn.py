@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 
 import torch
@@ -164,18 +164,20 @@ class RMSNorm(nn.RMSNorm):
 class _Attention(nn.Module):
     """Layers of one stream or two."""
 
-    def __init__(self, dim, num_head, use_context, max_seq_len, linear, dim_head, **factory):
+    def __init__(self, dim, num_head, use_context, max_seq_len, linear, dim_head, context_pre_only=False, **factory):
         super().__init__()
         self.dim, self.num_head, self.max_seq_len = dim, num_head, max_seq_len
-        self.use_context, self.linear = use_context, linear
+        self.use_context, self.linear, self.context_pre_only = use_context, linear, context_pre_only
         self.dim_head = blocks.head_width(type(self).__name__, dim, num_head, dim_head)
         inner = num_head * self.dim_head
         for prefix in ("", "c_") if use_context else ("",):
+            asks = not (prefix and context_pre_only)
+            norm = partial(RMSNorm, eps=blocks.RMS_NORM_EPS, **factory)
             layers = dict(
-                to_qkv=Linear(dim, 3 * inner, **factory),
-                rms_norm_q=RMSNorm(inner, eps=blocks.RMS_NORM_EPS, **factory),
-                rms_norm_k=RMSNorm(inner, eps=blocks.RMS_NORM_EPS, **factory),
-                to_out=nn.Sequential(Linear(inner, dim, **factory), RMSNorm(dim, eps=blocks.RMS_NORM_EPS, **factory)),
+                to_qkv=Linear(dim, (3 if asks else 2) * inner, **factory),
+                rms_norm_q=norm(inner) if asks else None,
+                rms_norm_k=norm(inner),
+                to_out=nn.Sequential(Linear(inner, dim, **factory), norm(dim)) if asks else None,
             )
             for name, layer in layers.items():
                 self.add_module(prefix + name, layer)
@@ -229,7 +231,8 @@ class RMSNormSelfCrossAttention(_Attention):
 
     Every token and every context element attends to both. Only x is rotated: the context has no order. attn_mask covers x;
     x attends to the context where it attends to anything, the context to every token that anything attends to and to itself.
-    Otherwise as RMSNormSelfAttention.
+    Otherwise as RMSNormSelfAttention. With context_pre_only the context gives keys and values and asks nothing: it has no
+    c_rms_norm_q and no c_to_out, c_to_qkv gives k and v only, and context_out is None.
 
     forward(x (B, L, D), context (B, C, D), attn_mask (B, L, L), start_pos, x_mask (B, L), context_mask (B, C))
         -> AttentionOutput(x_out (B, L, D), context_out (B, C, D) or None without context)
@@ -245,11 +248,14 @@ class RMSNormSelfCrossAttention(_Attention):
         max_seq_len: int = 4096,
         linear: bool = False,
         dim_head: int | None = None,
+        context_pre_only: bool = False,
         *,
         device=None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(dim, num_head, use_context, max_seq_len, linear, dim_head, device=device, dtype=dtype)
+        blocks.check_pre_only(type(self).__name__, context_pre_only, "use_context", use_context)
+        sizes = (dim, num_head, use_context, max_seq_len, linear, dim_head, context_pre_only)
+        super().__init__(*sizes, device=device, dtype=dtype)
 
     def forward(
         self,
@@ -266,14 +272,16 @@ class RMSNormSelfCrossAttention(_Attention):
 class _StreamLayers(nn.Module):
     """What one stream of a block has besides attention."""
 
-    def __init__(self, dim, dim_feedforward, dropout, conditioning, **factory):
+    def __init__(self, dim, dim_feedforward, dropout, conditioning, pre_only=False, **factory):
         super().__init__()
+        self.pre_only = pre_only
         norm = lambda: None if conditioning else LayerNorm(dim, eps=blocks.LAYER_NORM_EPS, **factory)
         self.ln_1, self.ln_2 = norm(), norm()
         if conditioning:
-            self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim, **factory))
-        mlp = [Linear(dim, dim_feedforward, **factory), nn.SiLU(), Linear(dim_feedforward, dim, **factory)]
-        self.mlp = nn.Sequential(*mlp, *([nn.Dropout(dropout)] if dropout else []))
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, (2 if pre_only else 6) * dim, **factory))
+        if not pre_only:
+            mlp = [Linear(dim, dim_feedforward, **factory), nn.SiLU(), Linear(dim_feedforward, dim, **factory)]
+            self.mlp = nn.Sequential(*mlp, *([nn.Dropout(dropout)] if dropout else []))
 
 
 class GPT2Block(_StreamLayers):
@@ -292,6 +300,8 @@ class GPT2Block(_StreamLayers):
     conditioning     whether y modulates the norms.
     use_cross_attn   whether there is a context stream; needs conditioning.
     max_seq_len      positions that RoPE knows.
+    context_pre_only whether the context only gives keys and values, and is left as it is: context_out is the context. Its
+                     adaLN_modulation then has scale and shift only, it has no MLP, and its attention is as told there.
 
     forward(x (B, L, D), y (B, 1, D) or (B, D), attn_mask (B, L, L), context (B, C, D), start_pos, x_mask, context_mask)
         -> AttentionOutput(x_out (B, L, D), context_out (B, C, D) or None); the rest as in RMSNormSelfCrossAttention.
@@ -309,17 +319,20 @@ class GPT2Block(_StreamLayers):
         conditioning: bool = False,
         use_cross_attn: bool = False,
         max_seq_len: int = 4096,
+        context_pre_only: bool = False,
         *,
         device=None,
         dtype: torch.dtype | None = None,
     ):
-        blocks.check_block(type(self).__name__, dropout, conditioning, use_cross_attn)
+        blocks.check_block(type(self).__name__, dropout, conditioning, use_cross_attn, context_pre_only)
         factory = dict(device=device, dtype=dtype)
         super().__init__(dim_base, dim_feedforward, dropout, conditioning, **factory)
         self.dim, self.conditioning, self.use_cross_attn = dim_base, conditioning, use_cross_attn
+        self.context_pre_only = context_pre_only
         if use_cross_attn:
-            self.context_layers = _StreamLayers(dim_base, dim_feedforward, dropout, conditioning, **factory)
-            self.cross_attn = RMSNormSelfCrossAttention(dim_base, num_attn_head, True, max_seq_len, dim_head=dim_head, **factory)
+            self.context_layers = _StreamLayers(dim_base, dim_feedforward, dropout, conditioning, context_pre_only, **factory)
+            sizes = (dim_base, num_attn_head, True, max_seq_len, False, dim_head, context_pre_only)
+            self.cross_attn = RMSNormSelfCrossAttention(*sizes, **factory)
         else:
             self.attn = RMSNormSelfAttention(dim_base, num_attn_head, max_seq_len, dim_head=dim_head, **factory)
 
@@ -337,7 +350,14 @@ class GPT2Block(_StreamLayers):
 
 
 class GPT2Stack(nn.Module):
-    """`depth` blocks in a row, layers.0, layers.1, ...; arguments and forward as in GPT2Block."""
+    """`depth` blocks in a row, layers.0, layers.1, ...; arguments and forward as in GPT2Block.
+
+    context_pre_only  the last block leaves the context as it is, so that a loss on x_out alone reaches every parameter. Without
+                      it, the last block's layers of the context then have no gradient, for which DistributedDataParallel wants
+                      find_unused_parameters=True.
+
+    A layer may be replaced by any module with GPT2Block's forward.
+    """
 
     def __init__(
         self,
@@ -350,13 +370,15 @@ class GPT2Stack(nn.Module):
         conditioning: bool = False,
         use_cross_attn: bool = False,
         max_seq_len: int = 4096,
+        context_pre_only: bool = False,
         *,
         device=None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
         block = (dim_base, num_attn_head, dim_head, dim_feedforward, dropout, conditioning, use_cross_attn, max_seq_len)
-        self.layers = nn.ModuleList(GPT2Block(*block, device=device, dtype=dtype) for _ in range(depth))
+        pre_only = [context_pre_only and i == depth - 1 for i in range(depth)]
+        self.layers = nn.ModuleList(GPT2Block(*block, last, device=device, dtype=dtype) for last in pre_only)
 
     def forward(
         self,

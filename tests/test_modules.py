@@ -46,8 +46,11 @@ class TorchModules:
         module.load_state_dict({k: torch.tensor(x) for k, x in arrays.items()})
         return module
 
+    def numpy(self, x):
+        return x.detach().double().cpu().numpy()
+
     def weights(self, module):
-        return {k: t.detach().double().cpu().numpy() for k, t in module.state_dict().items()}
+        return {k: self.numpy(t) for k, t in module.state_dict().items()}
 
     def put(self, x, dtype="float32"):
         t = torch.as_tensor(x, device=self.device)
@@ -76,6 +79,9 @@ class FlaxModules:
         dtype = getattr(jnp, dtype)
         module = getattr(self.nn, name)(*args, **kwargs, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
         return module if state is None else mmattn_jax.from_torch(module, state)
+
+    def numpy(self, x):
+        return np.asarray(x, np.float64)
 
     def weights(self, module):
         return read(module)
@@ -231,6 +237,12 @@ MODULES = {
     "narrow heads": ("GPT2Block", (D, 3, 8), dict(dim_feedforward=HIDDEN, dropout=0.0, conditioning=True, use_cross_attn=True)),
     "linear": ("RMSNormSelfCrossAttention", (D, HEADS), dict(use_context=True, linear=True)),
     "wide heads": ("RMSNormSelfAttention", (D, HEADS), dict(dim_head=24)),
+    "pre-only stack": (
+        "GPT2Stack",
+        (2, D, HEADS),
+        dict(dim_feedforward=HIDDEN, dropout=0.0, conditioning=True, use_cross_attn=True, context_pre_only=True),
+    ),
+    "pre-only linear": ("RMSNormSelfCrossAttention", (D, HEADS), dict(use_context=True, linear=True, context_pre_only=True)),
 }
 PADDED = ("attn_mask", "start_pos", "x_mask")
 
@@ -253,6 +265,38 @@ def test_both_frameworks_agree(name):
     twin = FRONTS["jax"].build(cls, *args, **kwargs, state=module.state_dict())
     want = FRONTS["torch"].outs_and_grads(module, inputs, douts)
     assert_close(FRONTS["jax"].outs_and_grads(twin, inputs, douts), want)
+
+
+def test_context_pre_only(front):
+    """The tokens' half of the block with these weights; the context comes out as it went in."""
+    kwargs = dict(dim_feedforward=HIDDEN, dropout=0.0, conditioning=True, use_cross_attn=True)
+    block, full = (front.build("GPT2Block", D, HEADS, **kwargs, context_pre_only=pre_only) for pre_only in (True, False))
+    weights = front.weights(full)
+    mine = {k: w for k, w in weights.items() if "c_" not in k and "context" not in k}
+    for kind in ("weight", "bias"):
+        for name, rows in (("context_layers.adaLN_modulation.1", slice(2 * D)), ("cross_attn.c_to_qkv", slice(D, None))):
+            mine[f"{name}.{kind}"] = weights[f"{name}.{kind}"][rows]
+    mine["cross_attn.c_rms_norm_k.weight"] = weights["cross_attn.c_rms_norm_k.weight"]
+    assert {k: w.shape for k, w in front.weights(block).items()} == {k: w.shape for k, w in mine.items()}
+
+    front.load(block, {k: w.astype(np.float32) for k, w in mine.items()})
+    inputs, _ = draw("y", "context", "attn_mask", "start_pos", "x_mask", "context_mask")
+    token = inputs["context_mask"][..., None]
+    inputs["context"] = np.where(token, inputs["context"], np.nan)
+    got, want = (front.call(module, inputs) for module in (block, full))
+    assert_close(dict(x=front.numpy(got.x_out)), dict(x=front.numpy(want.x_out)))
+    assert np.array_equal(front.numpy(got.context_out), np.where(token, inputs["context"], 0))
+
+
+@pytest.mark.parametrize("context_pre_only", [True, False])
+def test_a_loss_on_the_tokens_reaches_every_parameter(front, context_pre_only):
+    """With context_pre_only; without it, it passes the last block's layers of the context by."""
+    inputs, douts = draw("y", "context")
+    douts["context_out"] = np.zeros_like(douts["context_out"])
+    kwargs = dict(dim_feedforward=HIDDEN, dropout=0.0, conditioning=True, use_cross_attn=True)
+    module = front.build("GPT2Stack", 1, D, HEADS, **kwargs, context_pre_only=context_pre_only)
+    grads = front.outs_and_grads(module, inputs, douts)
+    assert all(np.abs(g).max() > 0 for k, g in grads.items() if k.startswith("d")) is context_pre_only
 
 
 def test_dim_head_sets_the_inner_width(front):
@@ -365,6 +409,14 @@ ERRORS = {
     "width": (lambda f: f.build("RMSNormSelfAttention", 30, 2), "dim is 30; expected a multiple of 8"),
     "dropout": (lambda f: f.build("GPT2Block", D, dropout=1.0), "dropout is 1.0; expected a probability"),
     "cross": (lambda f: f.build("GPT2Block", D, use_cross_attn=True), "use_cross_attn=True needs conditioning=True"),
+    "pre-only block": (
+        lambda f: f.build("GPT2Block", D, context_pre_only=True),
+        "GPT2Block: context_pre_only=True needs use_cross",
+    ),
+    "pre-only": (
+        lambda f: f.build("RMSNormSelfCrossAttention", D, context_pre_only=True),
+        "RMSNormSelfCrossAttention: context_pre_only=True needs use_context=True",
+    ),
 }
 
 
@@ -532,14 +584,14 @@ def test_flax_training_step():
     assert np.array_equal(nnx.merge(graph, state)(**inputs).x_out, module(**inputs).x_out)
 
 
-INTERPRETED = {("block", "bfloat16"), ("unconditioned stack", "float32"), ("linear", "float16")}
+INTERPRETED = {("block", "bfloat16"), ("unconditioned stack", "float32"), ("linear", "float16"), ("pre-only linear", "float32")}
 
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
         pytest.param(name, dtype, marks=() if (name, dtype) in INTERPRETED else pytest.mark.gpu)
-        for name in ("block", "unconditioned stack", "linear")
+        for name in ("block", "unconditioned stack", "linear", "pre-only stack", "pre-only linear")
         for dtype in ("float32", "bfloat16", "float16")
     ],
 )

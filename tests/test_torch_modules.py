@@ -210,6 +210,7 @@ def implementation(request, kernels):
 
 STACKS = {
     "cross": dict(conditioning=True, use_cross_attn=True),
+    "pre-only": dict(conditioning=True, use_cross_attn=True, context_pre_only=True),
     "conditioned": dict(conditioning=True),
     "plain": dict(),
 }
@@ -231,7 +232,7 @@ def inputs_of(kind):
     inputs["x_mask"] = torch.arange(L, device=DEVICE) < torch.tensor([[L], [L - 2]], device=DEVICE)
     if kind != "plain":
         inputs["y"] = randn(B, 1, D).requires_grad_()
-    if kind == "cross":
+    if kind in ("cross", "pre-only"):
         inputs["context"] = randn(B, C, D).requires_grad_()
         inputs["context_mask"] = torch.arange(C, device=DEVICE) < torch.tensor([[C - 1], [C]], device=DEVICE)
     return inputs
@@ -377,7 +378,7 @@ def test_a_layer_may_be_replaced_by_a_users_own(name, kind):
     """One that calls the old layer and does nothing more changes nothing."""
     module, inputs = stack_of(kind), inputs_of(kind)
     want = outs_and_grads(module, inputs)
-    attn = "layers.1.cross_attn" if kind == "cross" else "layers.1.attn"
+    attn = "layers.1.cross_attn" if "context" in inputs else "layers.1.attn"
     path = name if "layers" in name else attn if name == "attn" else f"layers.1.{name}" if "mlp" in name else f"{attn}.{name}"
     module.set_submodule(path, Scaled(module.get_submodule(path)))
     got = outs_and_grads(module, inputs, {k: k.replace(f"{path}.inner", path) for k, _ in module.named_parameters()})
@@ -466,3 +467,19 @@ def sharded(rank, kind):
 
 def test_fully_sharded_layers(tmp_path):
     torch.multiprocessing.spawn(gloo, (sharded, tmp_path / "store", "cross"), nprocs=2)
+
+
+@pytest.fixture
+def one_process():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_distributed_data_parallel(one_process):
+    """The README's model and loss: DistributedDataParallel stops at the second step if a parameter had no gradient."""
+    stack, inputs = stack_of("pre-only", depth=2), inputs_of("pre-only")
+    module = nn.parallel.DistributedDataParallel(stack)
+    for _ in range(3):
+        module(**inputs).x_out.sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in stack.parameters())
