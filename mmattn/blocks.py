@@ -149,10 +149,7 @@ def attended(ops, m, streams, masks, attn_mask, start_pos):
     if joined and not m.linear:
         outs = ops.qk_norm_rope_attention(qkv, **qk, attn_mask=attn_mask, key_masks=masks)
     else:
-        if joined:
-            q, k = ops.qk_norm_rope(qkv, **qk)
-        else:
-            q, k = (normed(ops, [s[:, :, i] for s in qkv], norms, **rope) for i, norms in enumerate((q_norms, k_norms)))
+        q, k = ops.qk_norm_rope(qkv, **qk) if joined else normed(ops, qkv, q_norms, k_norms, **rope)
         attend = linear_attention if m.linear else softmax_attention
         outs = attend(ops, q, k, tuple(s[:, :, 2] for s in qkv), attn_mask, masks)
     return [o.reshape(*o.shape[:2], inner) for o, ask in zip(outs, asks, strict=True) if ask]
@@ -166,17 +163,18 @@ def packed(ops, m, projection, asks: bool):
     return x if asks else ops.xp.concatenate([ops.xp.zeros_like(x[:, :, :1]), x], axis=2)
 
 
-def normed(ops, xs, norms, cos, sin, start_pos):
-    """q or k of each stream (B, L, H, d) through the norm that is called, and RoPE: what qk_norm_rope does."""
-    ys = []
-    for x, norm, c, s in zip(xs, norms, cos, sin, strict=True):
+def normed(ops, qkv, q_norms, k_norms, cos, sin, start_pos):
+    """What qk_norm_rope does, by calls of the norms."""
+
+    def one(x, norm, c, s):
         B, L, H, d = x.shape
         y = x if norm is None else norm(x.reshape(B, L, H * d)).reshape(B, L, H, d)
-        if c is not None:
-            c, s = ops.xp.asarray(c), ops.xp.asarray(s)
-            y = cast(rotate(ops.xp, wide(y), c, s, start_pos, "interleaved"), dtype_name(y))
-        ys.append(y)
-    return tuple(ys)
+        if c is None:
+            return y
+        turned = rotate(ops.xp, wide(y), ops.xp.asarray(c), ops.xp.asarray(s), start_pos, "interleaved")
+        return cast(turned, dtype_name(y))
+
+    return [tuple(map(one, (x[:, :, i] for x in qkv), norms, cos, sin)) for i, norms in enumerate((q_norms, k_norms))]
 
 
 def softmax_attention(ops, q, k, v, attn_mask, masks):
@@ -187,8 +185,8 @@ def linear_attention(ops, q, k, v, attn_mask, masks):
     """ReLU linear attention. Of attn_mask the seed reads the first query's row, and hides the keys that it excludes."""
     if attn_mask is not None:
         first = attn_mask[:, 0]
-        attended = (first, first.any(-1)[:, None])
-        k = tuple(ops.where(mask[..., None, None], x, 0) for mask, x in zip(attended, k, strict=False))
+        seen = (first, first.any(-1)[:, None])
+        k = tuple(ops.where(mask[..., None, None], x, 0) for mask, x in zip(seen, k, strict=False))
     return ops.relu_linear_attention(q, k, v, key_masks=masks)
 
 
@@ -225,15 +223,13 @@ def advanced(ops, m, streams, y, attn_mask, start_pos, x_mask, context_mask):
     streams = [Unadded(silent(ops, s.x, mask)) if s.h is None else s for s, mask in zip(streams, masks, strict=True)]
     first = [add_norm(ops, *s, layer.ln_1, rows) for s, layer, (rows, _) in zip(streams, layers, modulations, strict=True)]
     said = branches(ops, attn, [n for _, n in first], masks, attn_mask, start_pos)
-    updated = 1 if m.context_pre_only else len(layers)
+    updated = list(zip(first, layers, modulations, strict=True))[: 1 if m.context_pre_only else None]
     second = [
         add_norm(ops, s, h, gate_of(rows), layer.ln_2, mlp_rows, post)
-        for (s, _), (h, post), layer, (rows, mlp_rows) in zip(first[:updated], said, layers, modulations, strict=False)
+        for ((s, _), layer, (rows, mlp_rows)), (h, post) in zip(updated, said, strict=True)
     ]
-    behind = [
-        Unadded(s, layer.mlp(n), gate_of(rows)) for (s, n), layer, (_, rows) in zip(second, layers, modulations, strict=False)
-    ]
-    return behind + [Unadded(s) for s, _ in first[updated:]]
+    behind = [Unadded(s, layer.mlp(n), gate_of(rows)) for (s, n), (_, layer, (_, rows)) in zip(second, updated, strict=True)]
+    return behind + [Unadded(s) for s, _ in first[len(behind) :]]
 
 
 def finished(ops, streams, masks):

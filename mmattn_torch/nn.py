@@ -67,7 +67,8 @@ def _angles(m: _Attention, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 def _untouched(module: nn.Module, kind: str) -> bool:
     """Whether calling a module would run our forward and nothing else. What offloads, shards, checkpoints, compiles or adapts a
-    module, or looks at it, sets hooks, a forward or a class of its own."""
+    module, or looks at it, sets hooks, a forward or a class of its own. (Global hooks, which torch has for debugging, see the
+    modules that are called.)"""
     cls = type(module)
     return (
         _FORWARDS[kind].get(cls) is cls.forward
