@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 import mmattn
 from mmattn import Row, check
 from mmattn.choice import Explanation, decide
-from mmattn.op import Call, flatten
+from mmattn.op import Call
 
 from . import _bind
 from ._choice import Implementation, current
@@ -242,10 +242,7 @@ def explain(op: str | Callable, *args, device: jax.Device | str | None = None, *
     if kwargs.get("start_pos") is not None:
         kwargs["start_extent"] = extent(kwargs["start_pos"])
     call = checked(name, args, kwargs)
-    explanation = decide(call, requested, current(), _bind.problem(platform_of(device, jax.tree.leaves((args, kwargs)))))
-    if explanation.path == "triton" and any(0 in x.shape for x in flatten(call.op, call.operands)[0]):
-        return Explanation("reference", "an array has no elements, there is nothing to launch")
-    return explanation
+    return decide(call, requested, current(), _bind.problem(platform_of(device, jax.tree.leaves((args, kwargs)))))
 
 
 def platform_of(device: jax.Device | str | None, arrays) -> str:

@@ -111,7 +111,6 @@ class Constant(NamedTuple):
 
 LARGE = dict(gpu=True)
 PRODUCTION = dict(dtypes=("bfloat16",))
-LEAVES = (Normal, Packed, Chunk, Part, Constant)
 
 
 class Case(NamedTuple):
@@ -394,6 +393,8 @@ def joint_attention_cases():
     yield case("gpu-grouped", grouped(2, 16, 64, 700, 154), **LARGE)
     yield case("empty-batch", heads(0, 2, 16, 37, 5))
     yield case("no-tokens", heads(2, 2, 16, 0), dict(return_lse=True), **PRODUCTION)
+    yield case("no-tokens-width-80", heads(1, 2, 80, 0), **PRODUCTION)
+    yield case("no-tokens-of-a-stream", heads(2, 2, 16, 37, 0))
     yield case("production", heads(1, 3, 64, 186, 77), **PRODUCTION)
     # Widths that no power of two is: tiles side by side, of which the last may be wider than what is left; float32 is padded.
     yield case("width-48", heads(1, 2, 48, 70, 5), dict(return_lse=True))

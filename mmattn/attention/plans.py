@@ -449,10 +449,10 @@ LEAST_SCALE = 1e-6  # that a kernel may divide lse by
 
 def is_single_pass(target: Target, a, causal: bool, scale: float) -> bool:
     """Whether one launch does the backward: dq of all queries of a head must fit the registers of a program, on sm_100 its tensor
-    memory, where more compiles to a trap without a word. It divides by the scale."""
+    memory, where more compiles to a trap without a word. It divides by the scale, and knows no head without tokens."""
     columns = max(16, next_power_of_2(a.q[0].shape[3])) * sum(blocks_of(a).values())
     plain = a.attn_mask is None and not causal and scale > LEAST_SCALE and heads_per_key(a) == 1
-    return columns <= (48 if target.arch >= 100 else 96) and spec(a.v[0]).dtype == "bfloat16" and plain
+    return 0 < columns <= (48 if target.arch >= 100 else 96) and spec(a.v[0]).dtype == "bfloat16" and plain
 
 
 def attention_backward(run, a, outs, residuals, douts, *, precision: str, wide: bool = False, **static):
