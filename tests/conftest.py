@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -48,30 +49,47 @@ def framework(request):
     return framework_of(request.param)
 
 
-@pytest.fixture
-def kernels(request, monkeypatch):
+@contextmanager
+def running_kernels():
     """implementation="triton" runs the kernels in both frameworks, on outputs that start as NaN."""
-    if TORCH:
-        from mmattn_torch import _bind
+    with pytest.MonkeyPatch.context() as patch:
+        if TORCH:
+            from mmattn_torch import _bind
 
-        empty = _bind.empty
-        poisoned = lambda spec, device: poison(empty(spec, device))
-        monkeypatch.setattr(_bind, "empty", poisoned)
-        _bind.forget()
-        request.addfinalizer(_bind.forget)
-    if GPU:
-        return
+            empty = _bind.empty
+            patch.setattr(_bind, "empty", lambda spec, device: poison(empty(spec, device)))
+            _bind.forget()
+        if not GPU:
+            interpret(patch)
+        try:
+            yield
+        finally:
+            if TORCH:
+                _bind.forget()
+
+
+def interpret(patch: pytest.MonkeyPatch) -> None:
+    """Put Triton's interpreter in the place of a GPU."""
     import interpreted
 
     if TORCH:
-        monkeypatch.setattr(_bind, "launch", interpreted.torch_launch)
-        monkeypatch.setattr(_bind, "problem", lambda device: None)
-        monkeypatch.setattr(_bind, "target", lambda device: SMALL_GPU)
+        from mmattn_torch import _bind
+
+        patch.setattr(_bind, "launch", interpreted.torch_launch)
+        patch.setattr(_bind, "problem", lambda device: None)
+        patch.setattr(_bind, "target", lambda device: SMALL_GPU)
     if JAX:
         from mmattn_jax import _bind as jax_bind
 
-        monkeypatch.setattr(jax_bind, "host_launch", interpreted.jax_launch)
-        monkeypatch.setattr(jax_bind, "target", lambda: SMALL_GPU)
+        patch.setattr(jax_bind, "host_launch", interpreted.jax_launch)
+        patch.setattr(jax_bind, "target", lambda: SMALL_GPU)
+
+
+@pytest.fixture
+def kernels():
+    """Kernels on the GPU where there is one, else in the interpreter."""
+    with running_kernels():
+        yield
 
 
 def poison(x):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+from collections.abc import Iterator
 from functools import cache, lru_cache, partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
-from cases import LEAVES, Case
+from cases import Case
 
 import mmattn
 from mmattn.op import dtype_name
@@ -37,12 +38,17 @@ def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
     return x.astype(numpy_dtype(dtype)).astype(np.float64)
 
 
+def is_leaf(x) -> bool:
+    """Whether x is one operand of a case, and not a tuple of them."""
+    return hasattr(x, "differentiable")
+
+
 def walk(tree, name: str = ""):
     """(name, leaf) of a tree of dicts and tuples, None left out."""
     if isinstance(tree, dict):
         for key, x in tree.items():
             yield from walk(x, key)
-    elif isinstance(tree, tuple | list) and not isinstance(tree, LEAVES):
+    elif isinstance(tree, tuple | list) and not is_leaf(tree):
         for i, x in enumerate(tree):
             yield from walk(x, f"{name}[{i}]")
     elif tree is not None:
@@ -53,7 +59,7 @@ def fill(tree, arrays: dict, name: str = ""):
     """The tree with `leaf.view(arrays[name])` in place of each leaf."""
     if isinstance(tree, dict):
         return {key: fill(x, arrays, key) for key, x in tree.items()}
-    if isinstance(tree, tuple) and not isinstance(tree, LEAVES):
+    if isinstance(tree, tuple) and not is_leaf(tree):
         return tuple(fill(x, arrays, f"{name}[{i}]") for i, x in enumerate(tree))
     return None if tree is None else tree.view(arrays[name])
 
@@ -283,7 +289,16 @@ ROUNDS_WITHIN = ("gated_residual_norm_adaln",)  # the norm is that of the rounde
 SOFTMAX = ("joint_attention", "qk_norm_rope_attention")
 
 
-def check(case: Case, dtype: str, result: Result) -> None:
+class Judged(NamedTuple):
+    """How far one output or gradient is from float64, and how far it may be."""
+
+    name: str
+    norm: str
+    error: float
+    budget: float
+
+
+def judge(case: Case, dtype: str, result: Result) -> Iterator[Judged]:
     """At most twice as far from float64 as the float32 formula rounded once, plus half an ulp.
 
     Softmax attention's formula takes dots of rounded operands, and P is rounded, as for tensor cores. There the largest
@@ -307,4 +322,9 @@ def check(case: Case, dtype: str, result: Result) -> None:
             if case.static.get("return_lse") and name.startswith("out[1]") and norm_name == "max" and sums_rounded(case):
                 largest = norm(exact.values[name][np.isfinite(exact.values[name])])
                 budget = max(budget, EPS[dtype] / 2 / largest if largest else 0.0)
-            assert error <= budget < 1, f"{case} {dtype} {name}: {norm_name} error {error:.3g}, budget {budget:.3g}"
+            yield Judged(name, norm_name, error, budget)
+
+
+def check(case: Case, dtype: str, result: Result) -> None:
+    for name, norm, error, budget in judge(case, dtype, result):
+        assert error <= budget < 1, f"{case} {dtype} {name}: {norm} error {error:.3g}, budget {budget:.3g}"
