@@ -63,7 +63,7 @@ class Unadded(NamedTuple):
 
 def head_width(name: str, dim: int, num_head: int, dim_head: int | None) -> int:
     """Width of one head, checked."""
-    check.width(name, "dim", dim)
+    check.row_width(name, "dim", dim)
     if not isinstance(num_head, int) or num_head < 1:
         raise ValueError(f"{name}: the number of heads is {num_head!r}; expected an int, at least 1. The seed has 4.")
     if dim_head is None:
@@ -76,7 +76,7 @@ def head_width(name: str, dim: int, num_head: int, dim_head: int | None) -> int:
         raise ValueError(
             f"{name}: the head width is {dim_head}; expected an even one, RoPE turns pairs. Choose another num_head or dim_head."
         )
-    check.width(name, "the head width", dim_head, 8, 128)
+    check.head_width(name, "the head width", dim_head)
     return dim_head
 
 

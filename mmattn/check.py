@@ -2,19 +2,61 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from .op import FLOATS, Row, dtype_name, row_stride
+from .op import FLOATS, Row, dtype_name, row_stride, several
+
+FLOAT32_MAX = 3.4028234663852886e38
+
+
+class Kind(NamedTuple):
+    """What a framework takes for an array, and which of its functions makes one."""
+
+    name: str
+    accepts: Callable[[Any], bool]
+    convert: str
+
+
+def parameters(function: Callable) -> dict[str, str]:
+    """The parameters of an operation's checked call, each with its annotation: Array, Streams and Vector are arrays."""
+    return {name: str(p.annotation).partition(" ")[0] for name, p in inspect.signature(function).parameters.items()}
+
+
+def arrays(op: str, parameters: dict[str, str], args: tuple, kwargs: dict[str, Any], kind: Kind) -> list[tuple[str, Any]]:
+    """The arrays among a call's arguments, each with what errors call it. All must be of the framework's kind."""
+    given = dict(zip(parameters, args, strict=False)) | kwargs
+    found = []
+    for name, annotation in parameters.items():
+        x, more = given.get(name), ""
+        if annotation == "Streams" and several(x):
+            entries = [(f"{name}[{i}]", y) for i, y in enumerate(x)]
+        elif annotation == "Vector" and isinstance(x, Row):
+            entries = [(f"{name}.array", x.array)]
+        elif annotation in ("Array", "Streams", "Vector"):
+            entries, more = [(name, x)], " or a tuple of them, one per stream" * (annotation == "Streams")
+        else:
+            continue
+        for label, y in entries:
+            if y is None:
+                continue
+            if not kind.accepts(y):
+                expected = f"a {kind.name}{more}"
+                raise TypeError(f"{op}: {label} is {type_name(y)}; expected {expected}. Convert it with {kind.convert}.")
+            found.append((label, y))
+    return found
 
 
 def is_array(op: str, name: str, x) -> None:
     if not (isinstance(x, Row) or (hasattr(x, "shape") and hasattr(x, "dtype"))):
-        raise TypeError(f"{op}: {name} is a {type(x).__name__}; expected an array. Convert it to this framework's array first.")
-    if isinstance(x, Row) and not (isinstance(x.index, int) and len(x.array.shape) == 3 and 0 <= x.index < x.array.shape[1]):
+        raise TypeError(f"{op}: {name} is {shown(x)}; expected an array. Give one.")
+    if isinstance(x, Row) and not x.exists:
         raise ValueError(
-            f"{op}: {name} is row {x.index} of an array of shape {tuple(x.array.shape)}; expected (B, M, D) and an int from 0 to "
-            "M - 1. Make the Row of a packed array where it is used; it is no argument for a jitted function."
+            f"{op}: {name} is row {shown(x.index)} of an array of shape {tuple(x.array.shape)}; expected (B, M, D) and an int "
+            "from 0 to M - 1. Make the Row of a packed array where it is used; it is no argument for a jitted function."
         )
 
 
@@ -25,6 +67,24 @@ def shape(op: str, name: str, x, *allowed: tuple[str, tuple[int, ...]], remedy: 
     if all(len(x.shape) != len(want) or tuple(x.shape) != want for _, want in allowed):
         expected = " or ".join(f"({axes}) = {want}" for axes, want in allowed)
         raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}; expected {expected}. {remedy}")
+
+
+def streams(op: str, name: str, x, like: tuple[str, int] | None = None) -> list[tuple[str, Any]]:
+    """The entries of an argument that has one per token stream, and what errors call each; a single array is one stream.
+
+    like: another argument and its number of streams, which this one must have; None stands for a None in each.
+    """
+    if several(x):
+        entries = [(f"{name}[{i}]", y) for i, y in enumerate(x)]
+    else:
+        entries = [(name, x)] * (like[1] if x is None and like else 1)
+    n = len(entries)
+    if like is not None and n != like[1]:
+        came = "1 entry" if n == 1 else f"{n} entries"
+        raise ValueError(f"{op}: {name} has {came}; expected {like[1]}, one for each stream of {like[0]}. Give a tuple.")
+    if not entries:
+        raise ValueError(f"{op}: {name} is empty; expected at least one stream. Give an array, or a tuple with one per stream.")
+    return entries
 
 
 def rank(op: str, name: str, x, axes: str | tuple[str, ...], remedy: str) -> None:
@@ -103,24 +163,60 @@ def same_dtype(op: str, name: str, x, like: str, like_name: str) -> None:
         raise TypeError(f"{op}: {name} has dtype {dtype}; expected {like_name}'s dtype, {like}. Cast {name}.")
 
 
-def width(op: str, name: str, size: int, low: int = 8, high: int = 16384) -> None:
-    if size % 8 or not low <= size <= high:
-        raise ValueError(f"{op}: {name} is {size}; expected a multiple of 8 from {low} to {high}. Pad a narrower one with zeros.")
+def width(op: str, name: str, size: int, high: int, odd: str, wide: str) -> None:
+    """A width is a multiple of 8 up to `high`; `wide` is the remedy for a larger one, `odd` for any other."""
+    if size % 8 or not 8 <= size <= high:
+        remedy = wide if size > high else odd
+        raise ValueError(f"{op}: {name} is {size}; expected a multiple of 8 from 8 to {high}. {remedy}")
+
+
+def row_width(op: str, name: str, size: int) -> None:
+    odd = "Build the model with such a width: padding with zeros would change a norm."
+    width(op, name, size, 16384, odd, "Take the framework's own function for wider rows.")
+
+
+def head_width(op: str, name: str, size: int, padded: str = "") -> None:
+    """padded: how to pad narrower heads, where that changes no result."""
+    odd = padded or "Choose another number of heads: padding with zeros would change a norm."
+    width(op, name, size, 128, odd, "Use more heads, which are narrower, or the framework's own attention.")
+
+
+def type_name(x) -> str:
+    """An object's type as errors call it, "an int", "a torch.Tensor"."""
+    t = type(x)
+    name = t.__qualname__ if t.__module__ == "builtins" else f"{t.__module__}.{t.__qualname__}"
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def shown(value) -> str:
+    """A wrong value as errors show it: itself where that is short, else its type."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an int of {value.bit_length()} bits"
+    if value is None or isinstance(value, int | float | str):
+        text = repr(value)
+        return text if len(text) <= 80 else f"{text[:80]}..."
+    return type_name(value)
+
+
+def number(op: str, name: str, value, low: float, expected: str, remedy: str) -> float:
+    """A number that is compiled in, at least `low` and finite in float32."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{op}: {name} is {type_name(value)}; expected a Python float. Pass a number, it is compiled in.")
+    if not low <= value <= FLOAT32_MAX:
+        raise ValueError(f"{op}: {name} is {shown(value)}; expected {expected}. {remedy}")
+    return float(value)
 
 
 def eps(op: str, value, name: str = "eps") -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{op}: {name} is a {type(value).__name__}; expected a Python float. Pass a number, it is compiled in.")
-    if not math.isfinite(value) or value < 0:
-        raise ValueError(f"{op}: {name} is {value}; expected a finite number >= 0. The usual values are 1e-6 and 1.1920929e-7.")
-    return float(value)
+    return number(op, name, value, 0, "a number >= 0 that is finite in float32", "The usual values are 1e-6 and 1.1920929e-7.")
 
 
 def flag(op: str, name: str, value) -> None:
     if not isinstance(value, bool):
-        raise TypeError(f"{op}: {name} is {value!r}; expected True or False. It is compiled in.")
+        raise TypeError(f"{op}: {name} is {shown(value)}; expected True or False. It is compiled in.")
 
 
 def choice(op: str, name: str, value, allowed: tuple) -> None:
-    if value not in allowed:
-        raise ValueError(f"{op}: {name} is {value!r}; expected one of {', '.join(map(repr, allowed))}. Pick one of them.")
+    # Types first: an array compared with a string is an array, or an error of its framework.
+    if not (value is None or isinstance(value, str)) or value not in allowed:
+        raise ValueError(f"{op}: {name} is {shown(value)}; expected one of {', '.join(map(repr, allowed))}. Pick one of them.")

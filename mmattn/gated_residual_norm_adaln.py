@@ -20,7 +20,7 @@ from functools import cache
 from . import check
 from ._triton import tl, triton
 from .adaln.op import norm
-from .op import UNUSED, Call, Op, Plan, Row, Spec, Target, cast, cdiv, groups, spec, wide
+from .op import UNUSED, Array, Call, Op, Plan, Row, Spec, Target, Vector, cast, cdiv, groups, spec, wide
 from .rows import (
     SUM_WARPS,
     affine,
@@ -413,9 +413,18 @@ gated_residual_norm_adaln_op = Op(
 
 
 def gated_residual_norm_adaln(
-    residual, h, gate, scale=None, shift=None, *, center: bool = True, h_weight=None, h_eps: float = 1.1920929e-7,
-    eps: float = 1e-6, gate_fn: str = "identity",
-) -> Call:  # fmt: skip
+    residual: Array,
+    h: Array,
+    gate: Vector,
+    scale: Vector | None = None,
+    shift: Vector | None = None,
+    *,
+    center: bool = True,
+    h_weight: Array | None = None,
+    h_eps: float = 1.1920929e-7,
+    eps: float = 1e-6,
+    gate_fn: str = "identity",
+) -> Call:
     """r = residual + gate * h and y = norm(r) * (1 + scale) + shift, as one launch. Returns (r, y).
 
     residual, h  (B, L, D), one dtype: float32, bfloat16 or float16; D a multiple of 8. float64 takes the reference path.
@@ -435,7 +444,7 @@ def gated_residual_norm_adaln(
     B, L, D = residual.shape
     dtype = check.floating(op, "residual", residual)
     check.countable(op, "residual", residual)
-    check.width(op, "the width of residual", D)
+    check.row_width(op, "the width of residual", D)
     check.shape(op, "h", h, ("B, L, D", (B, L, D)), remedy="h and residual are added, they have one shape.")
     check.same_dtype(op, "h", h, dtype, "residual")
     check.flag(op, "center", center)

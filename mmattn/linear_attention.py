@@ -19,7 +19,7 @@ from ._triton import tl, triton
 from .attention.joint import joint_operands, mask_operands, silenced, split_streams
 from .attention.plans import key_mask_inputs
 from .attention.tokens import kept, load_tokens, stream_of
-from .op import Call, Op, Plan, Spec, cast, cdiv, next_power_of_2, row_stride, spec, wide
+from .op import Call, Op, Plan, Spec, Streams, cast, cdiv, next_power_of_2, row_stride, spec, wide
 from .streams import integers, over_streams
 
 
@@ -323,7 +323,9 @@ relu_linear_attention_op = Op(
 )
 
 
-def relu_linear_attention(q, k, v, *, key_masks=None, eps: float = 1e-6, precision: str = "ieee") -> Call:
+def relu_linear_attention(
+    q: Streams, k: Streams, v: Streams, *, key_masks: Streams | None = None, eps: float = 1e-6, precision: str = "ieee"
+) -> Call:
     """o_i = relu(q_i) S / (relu(q_i) . z + eps),  S = sum_j relu(k_j)^T v_j,  z = sum_j relu(k_j), j over all streams.
 
     q, k, v    (B, L_s, H, d) per stream, one dtype of float32, bfloat16, float16, or q and k in float32; d a multiple of 8,

@@ -33,6 +33,10 @@ def spec(x) -> Spec:
     return Spec(tuple(x.shape), dtype_name(x))
 
 
+Array = Any  # of the framework whose function was called
+Streams = Any  # an Array, or a tuple of them, one per token stream
+Vector = Any  # an Array, or a Row of one
+
 UNUSED = Spec((1,), "float32")  # stands for an output that a launch does not write
 
 
@@ -46,12 +50,22 @@ class Row(NamedTuple):
     index: int
 
     @property
+    def exists(self) -> bool:
+        """Whether the array is packed and has such a row."""
+        return type(self.index) is int and len(self.array.shape) == 3 and 0 <= self.index < self.array.shape[1]
+
+    @property
     def shape(self):
         return (self.array.shape[0], self.array.shape[2])
 
     @property
     def dtype(self):
         return self.array.dtype
+
+
+def several(x) -> bool:
+    """Whether x holds one entry per stream."""
+    return isinstance(x, tuple | list) and not isinstance(x, Spec | Row)
 
 
 def row_stride(x, dense: int) -> int | None:
@@ -186,8 +200,7 @@ def flatten(op: Op, operands: Mapping[str, Any]) -> tuple[list, Layout]:
 
     for name in op.operands:
         x = operands[name]
-        many = isinstance(x, tuple) and not isinstance(x, Spec | Row)
-        layout.append((name, tuple(map(place, x)) if many else place(x)))
+        layout.append((name, tuple(map(place, x)) if several(x) else place(x)))
     return arrays, tuple(layout)
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from . import check
 from ._triton import tl, triton
-from .op import Call, Op, Plan, Spec, Target, cast, cdiv, groups, like, next_power_of_2, spec, ungrouped, wide
+from .op import Array, Call, Op, Plan, Spec, Streams, Target, cast, cdiv, groups, like, next_power_of_2, spec, ungrouped, wide
 from .rows import row_and_columns, sum_chunks
 from .streams import integers, name_of, over_streams
 
@@ -564,16 +564,9 @@ qk_norm_rope_op = Op(
 )
 
 
-def per_stream(op: str, name: str, x, n: int) -> tuple:
-    """x as a tuple of n entries, one per stream; None means None for each."""
-    x = x if isinstance(x, tuple | list) else (x,) * n if x is None else (x,)
-    if len(x) != n:
-        raise ValueError(f"{op}: {name} has {len(x)} entries; expected {n}, one per stream. Give a tuple.")
-    return tuple(x)
-
-
-def check_tables(op: str, cos_name: str, cos, sin_name: str, sin, packed: tuple[int, ...]) -> None:
+def check_tables(op: str, named_cos: tuple, named_sin: tuple, packed: tuple[int, ...]) -> None:
     """Tables of a stream of packed projections of shape `packed`. Kernels index both by cos's sizes."""
+    (cos_name, cos), (sin_name, sin) = named_cos, named_sin
     if cos is None and sin is None:
         return
     if cos is None or sin is None:
@@ -598,51 +591,56 @@ def check_tables(op: str, cos_name: str, cos, sin_name: str, sin, packed: tuple[
 
 def norm_operands(op: str, qkv, q_weight, k_weight, over, eps, cos, sin, start_pos, layout, start_extent):
     """Checked operands and static arguments of the norm and rotation."""
-    streams = tuple(qkv) if isinstance(qkv, tuple | list) else (qkv,)
-    n = len(streams)
-    if n == 0:
-        raise ValueError(f"{op}: qkv is an empty tuple; expected one packed projection per stream.")
+    streams = check.streams(op, "qkv", qkv)
+    for name, x in streams:
+        remedy = "Reshape the projection to (batch, tokens, 3, heads, head width), q, k, v in this order."
+        check.rank(op, name, x, "B, L, 3, H, d", remedy)
     check.choice(op, "over", over, ("width", "head"))
     check.choice(op, "layout", layout, ("interleaved", "half"))
-    q_weight, k_weight, cos, sin = (
-        per_stream(op, name, x, n) for name, x in (("q_weight", q_weight), ("k_weight", k_weight), ("cos", cos), ("sin", sin))
+    like = ("qkv", len(streams))
+    q_weights, k_weights, cosines, sines = (
+        check.streams(op, name, x, like)
+        for name, x in (("q_weight", q_weight), ("k_weight", k_weight), ("cos", cos), ("sin", sin))
     )
-    dtype = check.floating(op, "qkv", streams[0])
-    for i, x in enumerate(streams):
-        name = f"qkv[{i}]" if n > 1 else "qkv"
-        check.rank(
-            op,
-            name,
-            x,
-            "B, L, 3, H, d",
-            "Reshape the projection to (batch, tokens, 3, heads, head width), q, k, v in this order.",
-        )
-        B, _, _, H, d = streams[0].shape
+    first, x = streams[0]
+    dtype = check.floating(op, first, x)
+    B, _, _, H, d = x.shape
+    check.head_width(op, f"the head width of {first}", d)
+    check.row_width(op, f"the width of {first}, heads * head width,", H * d)
+    width = H * d if over == "width" else d
+    for (name, x), weights, *tables in zip(streams, zip(q_weights, k_weights, strict=True), cosines, sines, strict=True):
         want = (B, x.shape[1], 3, H, d)
         check.shape(op, name, x, ("B, L, 3, H, d", want), remedy="All streams share the batch, the heads and the head width.")
-        check.same_dtype(op, name, x, dtype, "qkv[0]")
+        check.same_dtype(op, name, x, dtype, first)
         check.addressable(op, name, x, 3)
-        check.width(op, "the head width", d, 8, 128)
-        check.width(op, "the width, heads * head width,", H * d)
-        width = H * d if over == "width" else d
-        for w_name, w in ((f"q_weight[{i}]", q_weight[i]), (f"k_weight[{i}]", k_weight[i])):
+        for w_name, w in weights:
             check.shape(op, w_name, w, ("W", (width,)), remedy=f'over="{over}" normalises {width} elements together.')
             check.vector_dtype(op, w_name, w, dtype, "qkv")
-        check_tables(op, f"cos[{i}]", cos[i], f"sin[{i}]", sin[i], x.shape)
+        check_tables(op, *tables, x.shape)
     if start_pos is not None:
-        check.shape(op, "start_pos", start_pos, ("B", (streams[0].shape[0],)), remedy="Give one start position per sample.")
+        check.shape(op, "start_pos", start_pos, ("B", (B,)), remedy="Give one start position per sample.")
         check.integer(op, "start_pos", start_pos)
-        for x, t in zip(streams, cos, strict=True):
+        for (_, x), (_, t) in zip(streams, cosines, strict=True):
             if t is not None:
                 check.positions(op, start_extent, x.shape[1], t.shape[-2])
-    operands = dict(qkv=streams, q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin, start_pos=start_pos)
-    return operands, dict(over=over, eps=check.eps(op, eps), layout=layout)
+    each = dict(qkv=streams, q_weight=q_weights, k_weight=k_weights, cos=cosines, sin=sines)
+    operands = {name: tuple(x for _, x in entries) for name, entries in each.items()}
+    return operands | dict(start_pos=start_pos), dict(over=over, eps=check.eps(op, eps), layout=layout)
 
 
 def qk_norm_rope(
-    qkv, q_weight, k_weight, *, over, eps: float = 1.1920929e-7, cos=None, sin=None, start_pos=None, layout: str = "interleaved",
+    qkv: Streams,
+    q_weight: Streams,
+    k_weight: Streams,
+    *,
+    over: str,
+    eps: float = 1.1920929e-7,
+    cos: Streams | None = None,
+    sin: Streams | None = None,
+    start_pos: Array | None = None,
+    layout: str = "interleaved",
     start_extent: tuple[int, int] | None = None,
-) -> Call:  # fmt: skip
+) -> Call:
     """q, k = RoPE(RMSNorm(q) * q_weight), RoPE(RMSNorm(k) * k_weight) for each stream of packed projections.
 
     qkv        (B, L_s, 3, H, d) per stream, float32, bfloat16 or float16; d a multiple of 8, 8 to 128.

@@ -10,7 +10,7 @@ from functools import cache
 
 from . import check
 from ._triton import tl, triton
-from .op import Call, Op, Plan, Row, Spec, Target, cast, cdiv, spec, wide
+from .op import Array, Call, Op, Plan, Row, Spec, Target, Vector, cast, cdiv, spec, wide
 from .rows import config, gradient_spec, load_tile, load_vector, per_sample, row_meta, split, store_sums, sum_chunks_plan, tile
 
 
@@ -140,7 +140,7 @@ gated_residual_op = Op(
 )
 
 
-def gated_residual(residual, h, gate) -> Call:
+def gated_residual(residual: Array, h: Array, gate: Vector) -> Call:
     """residual + gate * h.
 
     residual, h  (B, L, D), one dtype: float32, bfloat16 or float16; D a multiple of 8. float64 takes the reference path.
@@ -154,7 +154,7 @@ def gated_residual(residual, h, gate) -> Call:
     B, L, D = residual.shape
     dtype = check.floating(op, "residual", residual)
     check.countable(op, "residual", residual)
-    check.width(op, "the width of residual", D)
+    check.row_width(op, "the width of residual", D)
     check.shape(op, "h", h, ("B, L, D", (B, L, D)), remedy="h and residual are added, they have one shape.")
     check.same_dtype(op, "h", h, dtype, "residual")
     check.shape(op, "gate", gate, ("B, D", (B, D)), ("B, 1, D", (B, 1, D)), remedy="Give one gate row per sample of residual.")

@@ -103,7 +103,7 @@ def bind(call: Call, requested: str | None) -> Any:
     op = call.op
     arrays, layout = flatten(op, call.operands)
     arrays = [jnp.asarray(x) for x in arrays]
-    wanted = requested or current(traced=any(isinstance(x, jax.core.Tracer) for x in arrays))
+    wanted = current(traced=any(isinstance(x, jax.core.Tracer) for x in arrays)) if requested is None else requested
     if decide(call, requested, wanted, None).path == "reference":
         return call.result(formula(op, layout, call.static, arrays))
     outs, extras = op.infer(unflatten(layout, arrays), **dict(call.static))

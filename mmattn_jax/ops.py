@@ -27,31 +27,80 @@ ArrayStreams = jax.Array | tuple[jax.Array, ...]
 
 OPS: dict[str, Callable] = {}
 """The public ops of this module by name."""
+PARAMETERS: dict[str, dict[str, str]] = {}
+"""The parameters of mmattn's functions of these names, which check the arguments."""
+
+
+def is_array(x) -> bool:
+    """Whether jax.numpy takes x for an array; it takes torch's tensors too, through their memory and without their gradients."""
+    if isinstance(x, np.ma.MaskedArray):
+        return False
+    return isinstance(x, jax.Array | np.ndarray) or hasattr(x, "__jax_array__")
+
+
+ARRAY = check.Kind("jax.Array", is_array, "jax.numpy.asarray")
+SHAPED = ARRAY._replace(accepts=lambda x: is_array(x) or isinstance(x, jax.ShapeDtypeStruct))
 
 
 def op(function: F) -> F:
     """Register a public op; its text is that of mmattn's function of this name, which checks the arguments."""
-    OPS[function.__name__] = function
     core = getattr(mmattn, function.__name__)
+    OPS[function.__name__], PARAMETERS[function.__name__] = function, check.parameters(core)
     function.__doc__ = f"{core.__doc__.rstrip()}\n\n    implementation  overrides mmattn_jax.implementation for this call.\n    "
     return function
 
 
-def checked(name: str, args, kwargs) -> Call:
-    """The Call of mmattn's function. NumPy arrays take JAX's dtypes but stay NumPy's, so that their values can be checked."""
-    as_jax = lambda x: x.astype(jax.dtypes.canonicalize_dtype(x.dtype)) if isinstance(x, np.ndarray) else x
-    args, kwargs = jax.tree.map(as_jax, (args, kwargs))
-    return getattr(mmattn, name)(*args, **kwargs)._replace(name=name)
+def checked(name: str, args, kwargs, kind: check.Kind = ARRAY) -> Call:
+    """The Call of mmattn's function."""
+    check_buffers(name, check.arrays(name, PARAMETERS[name], args, kwargs, kind))
+    kwargs = {key: as_jax(x) for key, x in kwargs.items()}
+    return getattr(mmattn, name)(*map(as_jax, args), **kwargs)._replace(name=name)
+
+
+def as_jax(x):
+    """x, in which NumPy arrays take JAX's dtypes but stay NumPy's, so that their values can be checked."""
+    if isinstance(x, Row):
+        return Row(as_jax(x.array), x.index)
+    if type(x) in (tuple, list):
+        return type(x)(map(as_jax, x))
+    if not isinstance(x, np.ndarray):
+        return x
+    try:
+        return x.astype(jax.dtypes.canonicalize_dtype(x.dtype))
+    except TypeError:  # a dtype that JAX has not, which is refused in our words
+        return x
+
+
+def check_buffers(op: str, arrays: list[tuple[str, Any]]) -> None:
+    """No array was deleted, and those that were put on a device are all on the same one."""
+    first = None
+    for name, x in arrays:
+        if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):
+            continue
+        if x.is_deleted():
+            raise ValueError(
+                f"{op}: {name} has been deleted; expected an array with values. Do not use again what was donated to jax.jit."
+            )
+        if not x.committed:
+            continue
+        devices = x.devices()
+        first = first or (name, devices)
+        if devices != first[1]:
+            here, there = (", ".join(sorted(map(str, some))) for some in (devices, first[1]))
+            raise ValueError(
+                f"{op}: {name} is on {here}; expected {there}, where {first[0]} is. "
+                f"Move it with jax.device_put({name}, {first[0]}.sharding)."
+            )
 
 
 def extent(start_pos) -> tuple[int, int] | None:
     """Smallest and largest start position; None where they cannot be seen without a synchronisation."""
     if isinstance(start_pos, int):
         return start_pos, start_pos
-    if not hasattr(start_pos, "shape") or 0 in start_pos.shape or isinstance(start_pos, jax.core.Tracer):
+    if not isinstance(start_pos, jax.Array | np.ndarray) or isinstance(start_pos, jax.core.Tracer):
         return None
-    if "int" not in str(start_pos.dtype):  # which is refused in other words
-        return None
+    if str(start_pos.dtype) not in ("int32", "int64") or not start_pos.size:
+        return None  # what of this is wrong is refused in other words
     if isinstance(start_pos, jax.Array) and any(d.platform != "cpu" for d in start_pos.devices()):
         return None
     start_pos = np.asarray(start_pos)  # under trace the array's own min would be traced
@@ -236,16 +285,20 @@ def explain(op: str | Callable, *args, device: jax.Device | str | None = None, *
 
     Raises what the call itself would raise.
     """
-    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    name = getattr(op, "__name__", op)
     check.choice("explain", "op", name, tuple(OPS))
     requested = kwargs.pop("implementation", None)
     if kwargs.get("start_pos") is not None:
         kwargs["start_extent"] = extent(kwargs["start_pos"])
-    call = checked(name, args, kwargs)
+    call = checked(name, args, kwargs, SHAPED)
     return decide(call, requested, current(), _bind.problem(platform_of(device, jax.tree.leaves((args, kwargs)))))
 
 
 def platform_of(device: jax.Device | str | None, arrays) -> str:
+    if not isinstance(device, jax.Device | str | None):
+        raise TypeError(
+            f'explain: device is {check.shown(device)}; expected a jax.Device, or the name of a platform, "cuda" or "cpu".'
+        )
     device = device or next((d for x in arrays if isinstance(x, jax.Array) and x.committed for d in x.devices()), None)
     device = device or jax.config.jax_default_device or jax.devices()[0]
     platform = device.partition(":")[0] if isinstance(device, str) else device.platform

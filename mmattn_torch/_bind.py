@@ -31,6 +31,7 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.nn import Parameter
 
 import mmattn
+from mmattn import check
 from mmattn._gluon import INSTALLED
 from mmattn._triton import triton
 from mmattn.choice import ROCM, Explanation, decide, no_gradient, not_a_gpu, old_gpu
@@ -260,10 +261,14 @@ def describe(args, key: list, tensors: list[Tensor], addresses: list[int]) -> bo
         if kind is Tensor or kind is Parameter:
             if x.layout is not torch.strided or x.is_neg():  # neither is what its memory says
                 return False
+            try:
+                shape = x.shape
+            except RuntimeError:  # of a nested tensor
+                return False
             address = x.data_ptr()
             tensors.append(x)
             addresses.append(address)
-            key += (x.shape, x.is_contiguous() or x.stride(), x.dtype, x.device, address % 16 == 0)
+            key += (shape, x.is_contiguous() or x.stride(), x.dtype, x.device, address % 16 == 0)
         elif x is None:
             key.append(None)
         elif kind is float or kind is int or kind is bool or kind is str:
@@ -532,31 +537,33 @@ def register(op: Op) -> Operators:
 OPERATORS = {op.name: register(op) for op in mmattn.OPS}
 
 
-def common_device(call: Call) -> torch.device:
-    """The device of all arrays, which must be tensors."""
-    arrays, layout = flatten(call.op, call.operands)
-    for i, x in enumerate(arrays):
-        if not isinstance(x, Tensor):
-            owner = owners(layout)[i]
-            raise TypeError(
-                f"{call.name}: {owner} is a {type(x).__name__}; expected a torch.Tensor. Convert it with torch.as_tensor."
-            )
+PARAMETERS: dict[str, dict[str, str]] = {}  # public name -> the parameters of what checks its arguments
+TENSOR = check.Kind("torch.Tensor", lambda x: isinstance(x, Tensor), "torch.as_tensor")
+
+
+def check_tensors(op: str, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Every array is a dense tensor, all of them on one device."""
+    first = None
+    for name, x in check.arrays(op, PARAMETERS[op], args, kwargs, TENSOR):
+        if x.is_nested:
+            raise TypeError(f"{op}: {name} is a nested tensor; expected a dense one. Pad it with torch.nested.to_padded_tensor.")
         if x.layout is not torch.strided:
-            raise TypeError(
-                f"{call.name}: {owners(layout)[i]} is {x.layout}; expected torch.strided. Convert it with to_dense()."
-            )
-        if x.device != arrays[0].device:
-            first, owner = owners(layout)[0], owners(layout)[i]
+            raise TypeError(f"{op}: {name} is {x.layout}; expected torch.strided. Convert it with to_dense().")
+        first = first or (name, x.device)
+        if x.device != first[1]:
             raise ValueError(
-                f"{call.name}: {owner} is on {x.device}; expected {arrays[0].device}, where {first} is. "
-                f"Move it with {owner}.to({first}.device)."
+                f"{op}: {name} is on {x.device}; expected {first[1]}, where {first[0]} is. "
+                f"Move it with {name}.to({first[0]}.device)."
             )
-    return arrays[0].device
+
+
+def device_of(call: Call) -> torch.device:
+    return flatten(call.op, call.operands)[0][0].device
 
 
 def explain(call: Call, requested: str | None, device: torch.device | None) -> Explanation:
     """The path that a call would take on a device, the tensors' own unless given; for meta tensors a GPU if there is one."""
-    device = device or common_device(call)
+    device = device or device_of(call)
     if device.type == "meta":
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     return decide(call, requested, current(), problem(device))
@@ -594,8 +601,8 @@ def perform(core: Callable[..., Call], requested: str | None, *args, **kwargs) -
         return execute(checked(core, args, {name: constant(x) for name, x in kwargs.items()}), requested)
     if not plain():
         return execute(checked(core, args, kwargs), requested)
-    key, tensors, addresses = [core, requested, of_context()], [], []
-    if not describe((*args, *kwargs.values()), key, tensors, addresses):
+    key, tensors, addresses = [core, of_context()], [], []
+    if not describe((requested, *args, *kwargs.values()), key, tensors, addresses):
         return execute(checked(core, args, kwargs), requested)
     key = tuple(key)
     prepared = _prepared.get(key)
@@ -615,6 +622,7 @@ def perform(core: Callable[..., Call], requested: str | None, *args, **kwargs) -
 
 
 def checked(core: Callable[..., Call], args: tuple, kwargs: dict[str, Any]) -> Call:
+    check_tensors(core.__name__, args, kwargs)
     call = core(*args, **kwargs)
     return Call(call.op, call.operands, call.static, call.result, core.__name__)  # torch.compile traces no _replace
 
@@ -652,14 +660,14 @@ def forget() -> None:
 
 
 def path(call: Call, requested: str | None) -> str:
-    return decide(call, requested, current(), problem(common_device(call))).path
+    return decide(call, requested, current(), problem(device_of(call))).path
 
 
 def execute(call: Call, requested: str | None) -> Any:
     """The public result of a call."""
     if path(call, requested) == "triton":
         return call.result(run_kernels(call))
-    device = flatten(call.op, call.operands)[0][0].device
+    device = device_of(call)
     formula = partial(call.op.reference, torch)
     asked = (requested or current()) == "reference" or any(x.dtype == torch.float64 for x in flatten(call.op, call.operands)[0])
     if not asked:  # fallen back: torch's fastest, which lacks some derivatives

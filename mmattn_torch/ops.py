@@ -29,6 +29,7 @@ def documented(core: Callable[..., Call]):
 
     def decorate(function):
         CORE[function.__name__] = core
+        _bind.PARAMETERS[function.__name__] = check.parameters(core)
         function.__doc__ = (
             f"{core.__doc__.rstrip()}\n\n    implementation  overrides mmattn_torch.implementation for this call.\n    "
         )
@@ -37,9 +38,10 @@ def documented(core: Callable[..., Call]):
     return decorate
 
 
-def vector(v):
-    """A Row as the view that torch has for it."""
-    return v.array[:, v.index] if isinstance(v, Row) else v
+def vector(v, rows=None):
+    """A Row as the view that torch has for it. One that does not exist, or stands where rows want a table, is refused later."""
+    there = isinstance(v, Row) and isinstance(v.array, Tensor) and v.exists and rows is None
+    return v.array[:, v.index] if there else v
 
 
 def autocast(x):
@@ -56,14 +58,19 @@ def extent(start_pos) -> tuple[int, int] | None:
     """Smallest and largest start position; None where they cannot be seen without a synchronisation."""
     if isinstance(start_pos, int):
         return start_pos, start_pos
-    if not hasattr(start_pos, "shape") or 0 in start_pos.shape or torch.compiler.is_compiling():
-        return None
-    if "int" not in str(start_pos.dtype):  # which is refused in other words
-        return None
+    if torch.compiler.is_compiling() or str(getattr(start_pos, "dtype", "")) not in (
+        "int32",
+        "int64",
+        "torch.int32",
+        "torch.int64",
+    ):
+        return None  # what is wrong is refused in other words
     if isinstance(start_pos, Tensor):
         wrapped = type(start_pos) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(start_pos)
-        if wrapped or start_pos.device.type != "cpu":
+        if wrapped or start_pos.device.type != "cpu" or start_pos.layout is not torch.strided or start_pos.is_nested:
             return None
+    if 0 in start_pos.shape:
+        return None
     return int(start_pos.min()), int(start_pos.max())
 
 
@@ -90,7 +97,7 @@ def layernorm_adaln(
     implementation: Implementation | None = None,
 ) -> Tensor:
     return perform(
-        mmattn.layernorm_adaln, implementation, x, vector(scale), vector(shift), weight=weight, bias=bias, rows=rows,
+        mmattn.layernorm_adaln, implementation, x, vector(scale, rows), vector(shift, rows), weight=weight, bias=bias, rows=rows,
         scale_base=scale_base, shift_base=shift_base, eps=eps, zero_centered=zero_centered, cast=cast,
     )  # fmt: skip
 
@@ -112,7 +119,7 @@ def rmsnorm_adaln(
     implementation: Implementation | None = None,
 ) -> Tensor:
     return perform(
-        mmattn.rmsnorm_adaln, implementation, x, vector(scale), vector(shift), weight=weight, bias=bias, rows=rows,
+        mmattn.rmsnorm_adaln, implementation, x, vector(scale, rows), vector(shift, rows), weight=weight, bias=bias, rows=rows,
         scale_base=scale_base, shift_base=shift_base, eps=eps, zero_centered=zero_centered, cast=cast,
     )  # fmt: skip
 
@@ -273,10 +280,19 @@ def explain(op: str | Callable, *args: Any, device: torch.device | str | None = 
 
     Raises what the call itself would raise.
     """
-    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    name = getattr(op, "__name__", op)
     check.choice("explain", "op", name, tuple(CORE))
     requested = kwargs.pop("implementation", None)
     if kwargs.get("start_pos") is not None:
         kwargs["start_extent"] = extent(kwargs["start_pos"])
     call = _bind.checked(CORE[name], args, kwargs)
-    return _bind.explain(call, requested, None if device is None else torch.device(device))
+    return _bind.explain(call, requested, None if device is None else device_named(device))
+
+
+def device_named(device: torch.device | str) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(
+            f'explain: device is {check.shown(device)}; expected a torch.device or the name of one, "cuda" or "cpu". Name one.'
+        ) from None

@@ -546,16 +546,6 @@ print(mmattn_torch.explain("rms_norm", x, device="cuda").reason, "torch._dynamo"
     assert python(code) == "triton is not installed False"
 
 
-def test_operands_must_be_tensors_of_one_device():
-    x = randn(2, 5, D)
-    with pytest.raises(TypeError, match=r"weight is a ndarray; expected a torch.Tensor"):
-        mmattn_torch.rms_norm(x, torch.ones(D).numpy())
-    with pytest.raises(TypeError, match=r"x is a list"):
-        mmattn_torch.rms_norm([1.0])
-    with pytest.raises(ValueError, match=r"weight is on meta; expected .*, where x is"):
-        mmattn_torch.rms_norm(x, torch.ones(D, device="meta"))
-
-
 @pytest.mark.parametrize("name", [name for name in mmattn_torch.__all__ if name in mmattn_torch.ops.CORE])
 def test_documentation(name):
     """help() shows the core's text and a signature that differs from the core's by types and `implementation`."""
@@ -643,8 +633,6 @@ def test_views_that_are_not_what_their_memory_says(kernels):
     x = randn(2, 5, D)
     for _ in range(2):
         same(mmattn_torch.layernorm_adaln(torch._neg_view(x)), mmattn_torch.layernorm_adaln(-x))
-    with pytest.raises(TypeError, match=r"rms_norm: x is torch.sparse_coo; expected torch.strided. Convert it with to_dense\(\)"):
-        mmattn_torch.rms_norm(x.to_sparse())
 
 
 def test_first_call_in_inference_mode(kernels):

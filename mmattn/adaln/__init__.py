@@ -24,7 +24,7 @@ that the backward reads: at D = 128 in bfloat16 storing them would add 8 bytes t
 from __future__ import annotations
 
 from .. import check
-from ..op import Call, Row
+from ..op import Array, Call, Row, Vector
 from .op import adaln
 
 
@@ -37,7 +37,7 @@ def call(
     dtype = check.floating(op, "x", x)
     B, L, D = x.shape
     check.countable(op, "x", x)
-    check.width(op, "the width of x", D)
+    check.row_width(op, "the width of x", D)
     check.flag(op, "zero_centered", zero_centered)
     check.choice(op, "cast", cast, ("after_weight", "before_weight", "none"))
     if zero_centered and weight is None:
@@ -103,9 +103,19 @@ def check_table(op: str, name: str, v, other, B: int, D: int) -> None:
 
 
 def layernorm_adaln(
-    x, scale=None, shift=None, *, weight=None, bias=None, rows=None, scale_base=None, shift_base=None, eps: float = 1e-6,
-    zero_centered: bool = False, cast: str = "after_weight",
-) -> Call:  # fmt: skip
+    x: Array,
+    scale: Vector | None = None,
+    shift: Vector | None = None,
+    *,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    rows: Array | None = None,
+    scale_base: Array | None = None,
+    shift_base: Array | None = None,
+    eps: float = 1e-6,
+    zero_centered: bool = False,
+    cast: str = "after_weight",
+) -> Call:
     """y = (LayerNorm(x) * weight + bias) * (1 + scale) + shift, the norm over D.
 
     x       (B, L, D) float32, bfloat16 or float16; D a multiple of 8. float64 takes the reference path.
@@ -133,9 +143,19 @@ def layernorm_adaln(
 
 
 def rmsnorm_adaln(
-    x, scale=None, shift=None, *, weight=None, bias=None, rows=None, scale_base=None, shift_base=None, eps: float = 1e-6,
-    zero_centered: bool = False, cast: str = "after_weight",
-) -> Call:  # fmt: skip
+    x: Array,
+    scale: Vector | None = None,
+    shift: Vector | None = None,
+    *,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    rows: Array | None = None,
+    scale_base: Array | None = None,
+    shift_base: Array | None = None,
+    eps: float = 1e-6,
+    zero_centered: bool = False,
+    cast: str = "after_weight",
+) -> Call:
     """y = (RMSNorm(x) * weight + bias) * (1 + scale) + shift, the norm over D.
 
     Arguments, dtypes and errors as in layernorm_adaln. RMSNorm: Zhang & Sennrich 2019, arXiv:1910.07467.
@@ -144,7 +164,7 @@ def rmsnorm_adaln(
     return call("rmsnorm_adaln", x, scale, shift, **options, eps=eps, center=False, zero_centered=zero_centered, cast=cast)
 
 
-def layer_norm(x, weight=None, bias=None, *, eps: float = 1e-6) -> Call:
+def layer_norm(x: Array, weight: Array | None = None, bias: Array | None = None, *, eps: float = 1e-6) -> Call:
     """y = LayerNorm(x) * weight + bias over the last axis.
 
     x (B, L, D); weight, bias (D,) in float32 or x's dtype, each may be absent. Otherwise as layernorm_adaln.
@@ -153,7 +173,7 @@ def layer_norm(x, weight=None, bias=None, *, eps: float = 1e-6) -> Call:
     return call("layer_norm", x, weight=weight, bias=bias, eps=eps, center=True)
 
 
-def rms_norm(x, weight=None, *, eps: float = 1e-6) -> Call:
+def rms_norm(x: Array, weight: Array | None = None, *, eps: float = 1e-6) -> Call:
     """y = x / sqrt(mean(x^2) + eps) * weight over the last axis.
 
     x (B, L, D); weight (D,) in float32 or x's dtype, may be absent. Otherwise as layernorm_adaln.

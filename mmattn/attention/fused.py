@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..op import Call, Op, Operands, Spec, cast, spec
+from ..op import Array, Call, Op, Operands, Spec, Streams, cast, spec
 from ..qk_norm_rope import norm_backward, norm_forward, norm_operands, norm_reference
 from .joint import attention_reference, attention_result, attention_static, infer, mask_operands, silenced
 from .plans import attention_backward, attention_forward, folded_scale
@@ -83,10 +83,24 @@ qk_norm_rope_attention_op = Op(
 
 
 def qk_norm_rope_attention(
-    qkv, q_weight, k_weight, *, over, eps: float = 1.1920929e-7, cos=None, sin=None, start_pos=None, layout: str = "interleaved",
-    attn_mask=None, key_masks=None, causal: bool = False, scale: float | None = None, return_lse: bool = False,
-    precision: str = "ieee", start_extent: tuple[int, int] | None = None,
-) -> Call:  # fmt: skip
+    qkv: Streams,
+    q_weight: Streams,
+    k_weight: Streams,
+    *,
+    over: str,
+    eps: float = 1.1920929e-7,
+    cos: Streams | None = None,
+    sin: Streams | None = None,
+    start_pos: Array | None = None,
+    layout: str = "interleaved",
+    attn_mask: Array | None = None,
+    key_masks: Streams | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    return_lse: bool = False,
+    precision: str = "ieee",
+    start_extent: tuple[int, int] | None = None,
+) -> Call:
     """joint_attention(*qk_norm_rope(qkv, ...), v) for packed projections of one or more streams: what the modules call.
 
     The arguments before attn_mask are qk_norm_rope's, the others joint_attention's. v is read from the packed projections

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import numbers
 
 from .. import check
-from ..op import Call, Op, cast, spec, wide
-from ..qk_norm_rope import per_stream
+from ..op import Array, Call, Op, Streams, cast, dtype_name, spec, wide
 from .plans import any_specs, attention_backward, attention_forward, log_specs, lse_specs, o_specs
 
 
@@ -108,68 +106,63 @@ joint_attention_op = Op(
 
 
 def mask_operands(op: str, name: str, streams, attn_mask, key_masks) -> dict:
-    """Checked masks of streams whose tokens are axis 1."""
+    """Checked masks of streams whose tokens are axis 1; `name` is the argument that they are."""
     B, L = streams[0].shape[:2]
-    key_masks = per_stream(op, "key_masks", key_masks, len(streams))
+    key_masks = check.streams(op, "key_masks", key_masks, (name, len(streams)))
     if attn_mask is not None:
-        check.shape(op, "attn_mask", attn_mask, ("B, L, L", (B, L, L)), remedy=f"The mask is over the first stream, {name}[0].")
+        check.shape(op, "attn_mask", attn_mask, ("B, L, L", (B, L, L)), remedy=f"The mask is over the first stream of {name}.")
         check.boolean(op, "attn_mask", attn_mask)
-    for i, (x, m) in enumerate(zip(streams, key_masks, strict=True)):
+    for x, (mask_name, m) in zip(streams, key_masks, strict=True):
         if m is not None:
-            check.shape(
-                op,
-                f"key_masks[{i}]",
-                m,
-                ("B, L_s", (B, x.shape[1])),
-                remedy="Give one bool per token of the stream, True = a real token.",
-            )
-            check.boolean(op, f"key_masks[{i}]", m)
-    return dict(attn_mask=attn_mask, key_masks=key_masks)
+            remedy = "Give one bool per token of the stream, True = a real token."
+            check.shape(op, mask_name, m, ("B, L_s", (B, x.shape[1])), remedy=remedy)
+            check.boolean(op, mask_name, m)
+    return dict(attn_mask=attn_mask, key_masks=tuple(m for _, m in key_masks))
 
 
 def joint_operands(op: str, q, k, v, *, grouped: bool) -> tuple[dict, bool]:
     """Checked q, k, v per stream, and whether they came as bare arrays. grouped: several heads of q may share one of k and v."""
     single = not isinstance(q, tuple | list)
-    q, k, v = (tuple(x) if isinstance(x, tuple | list) else (x,) for x in (q, k, v))
-    n = len(v)
-    if n == 0 or len(q) != n or len(k) != n:
+    q, k, v = (check.streams(op, name, x) for name, x in (("q", q), ("k", k), ("v", v)))
+    for name, x in (*q, *k, *v):
+        check.rank(op, name, x, "B, L, H, d", "Split the heads: (batch, tokens, heads, head width).")
+    n = len(q)
+    if len(k) != n or len(v) != n:
         raise ValueError(
-            f"{op}: q, k, v have {len(q)}, {len(k)}, {n} streams; expected one number, at least 1. Give one entry per stream."
+            f"{op}: q, k, v have {n}, {len(k)}, {len(v)} streams; expected one number of them. Give each one entry per stream."
         )
-    check.rank(op, "q[0]", q[0], "B, L, H, d", "Split the heads: (batch, tokens, heads, head width).")
-    B, _, H, d = q[0].shape
-    check.width(op, "the head width", d, 8, 128)
-    dtype = check.floating(op, "v[0]", v[0])
-    check.rank(op, "k[0]", k[0], "B, L, H_kv, d", "Split the heads: (batch, tokens, heads, head width).")
-    kv_heads = k[0].shape[2]
+    (q_name, q0), (k_name, k0), (v_name, v0) = q[0], k[0], v[0]
+    B, _, H, d = q0.shape
+    padded = "Pad q, k and v with zeros to one, the result's first columns are the same"
+    check.head_width(op, f"the head width of {q_name}", d, f"{padded} if scale is given." if grouped else f"{padded}.")
+    dtype = check.floating(op, v_name, v0)
+    kv_heads = k0.shape[2]
     if (not grouped and kv_heads != H) or kv_heads == 0 or H % kv_heads:
         expected = f"a divisor of q's {H} heads, which share them in groups" if grouped else f"q's {H} heads"
-        raise ValueError(f"{op}: k[0] has {kv_heads} heads; expected {expected}. Project k and v to so many heads.")
+        raise ValueError(f"{op}: {k_name} has {kv_heads} heads; expected {expected}. Project k and v to so many heads.")
+    for name, x in ((q_name, q0), (k_name, k0)):
+        check.vector_dtype(op, name, x, dtype, "v")
     for i in range(n):
-        check.rank(op, f"q[{i}]", q[i], "B, L, H, d", "Split the heads: (batch, tokens, heads, head width).")
-        L = q[i].shape[1]
-        check.shape(op, f"q[{i}]", q[i], ("B, L_s, H, d", (B, L, H, d)), remedy="All streams share B, H and d.")
-        for name, x in (("k", k[i]), ("v", v[i])):
+        q_name, x = q[i]
+        L = x.shape[1]
+        check.shape(op, q_name, x, ("B, L_s, H, d", (B, L, H, d)), remedy="All streams share B, H and d.")
+        for name, y in (k[i], v[i]):
             want = ("B, L_s, H_kv, d", (B, L, kv_heads, d))
-            check.shape(op, f"{name}[{i}]", x, want, remedy="k and v share their shape, their heads are the same in all streams.")
-        for name, x in (("q", q), ("k", k)):
-            check.vector_dtype(op, f"{name}[0]", x[0], dtype, "v")
-            check.same_dtype(op, f"{name}[{i}]", x[i], check.floating(op, f"{name}[0]", x[0]), f"{name}[0]")
-        check.same_dtype(op, f"v[{i}]", v[i], dtype, "v[0]")
-        for name, x in (("q", q[i]), ("k", k[i]), ("v", v[i])):
-            check.addressable(op, f"{name}[{i}]", x, 2)
-    return dict(q=q, k=k, v=v), single
+            check.shape(op, name, y, want, remedy="k and v share their shape, their heads are the same in all streams.")
+        for xs in (q, k, v):
+            check.same_dtype(op, *xs[i], dtype_name(xs[0][1]), xs[0][0])
+            check.addressable(op, *xs[i], 2)
+    return {name: tuple(x for _, x in xs) for name, xs in (("q", q), ("k", k), ("v", v))}, single
 
 
 def attention_static(op: str, d: int, causal, scale, return_lse, precision) -> dict:
     for name, flag in (("causal", causal), ("return_lse", return_lse)):
         check.flag(op, name, flag)
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not math.isfinite(scale)):
-        raise ValueError(
-            f"{op}: scale is {scale!r}; expected a finite number or None for 1 / sqrt(d). Pass a Python float, it is compiled in."
-        )
+    if scale is not None:
+        expected = "None for 1 / sqrt(d), or a number that is finite in float32"
+        scale = check.number(op, "scale", scale, -check.FLOAT32_MAX, expected, "Leave it out, or pass such a number.")
     check.choice(op, "precision", precision, ("ieee", "tf32"))
-    return dict(causal=causal, scale=d**-0.5 if scale is None else float(scale), return_lse=return_lse, precision=precision)
+    return dict(causal=causal, scale=d**-0.5 if scale is None else scale, return_lse=return_lse, precision=precision)
 
 
 def attention_result(n: int, single: bool, return_lse: bool):
@@ -179,12 +172,12 @@ def attention_result(n: int, single: bool, return_lse: bool):
 
 
 def joint_attention(
-    q,
-    k,
-    v,
+    q: Streams,
+    k: Streams,
+    v: Streams,
     *,
-    attn_mask=None,
-    key_masks=None,
+    attn_mask: Array | None = None,
+    key_masks: Streams | None = None,
     causal: bool = False,
     scale: float | None = None,
     return_lse: bool = False,
@@ -205,6 +198,10 @@ def joint_attention(
     scale      default 1 / sqrt(d).
     returns    (B, L_s, H, d) per stream in v's dtype; with return_lse a pair (outputs, lses), lse (B, H, L_s) float32, the
                natural logarithm of the sum of exponentials, differentiable.
+
+    A key that attn_mask or causal hides has weight 0: as long as products with its k and v are finite, outputs and gradients do
+    not depend on them, but for their rounding. NaN or infinity there is not silent, since 0 * NaN is NaN, and which outputs it
+    reaches differs between the kernels and the reference. Padding that may hold such values needs key_masks.
 
     A row without any key has output 0, lse -inf and gradient 0. Scores and sums are float32; float32 dots are IEEE unless
     the framework's matmul precision asks for tf32. Raises ValueError or TypeError that names the argument.
