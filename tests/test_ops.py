@@ -7,7 +7,7 @@ from functools import lru_cache
 import frameworks
 import numpy as np
 import pytest
-from cases import CASES
+from cases import CASES, Case, Constant, Normal
 
 mark = lambda case: [pytest.mark.gpu] * case.gpu
 TABLE = [pytest.param(case, dtype, id=f"{case}-{dtype}", marks=mark(case)) for case in CASES for dtype in case.dtypes]
@@ -42,6 +42,27 @@ def test_frameworks_agree_to_the_bit(case, dtype, kernels):
 @pytest.mark.parametrize("case, dtype", [row for row in TABLE if row.values[1] == "bfloat16"], scope="module")
 def test_same_call_twice_gives_the_same_bits(case, dtype, framework, kernels):
     assert_same_bits(kernels_of(framework.name, case, dtype), frameworks.call(framework, case, dtype))
+
+
+@pytest.mark.parametrize("implementation", ["triton", "reference"])
+@pytest.mark.parametrize("how", [dict(causal=True), dict(attn_mask=Constant(np.broadcast_to(np.arange(37) < 30, (1, 37, 37))))])
+def test_finite_values_of_hidden_keys_change_nothing(how, implementation, framework, kernels):
+    """Tokens 30 to 36 are hidden from the others, and no gradient flows into their own outputs."""
+    masks = {name: x for name, x in how.items() if isinstance(x, Constant)}
+    operands = dict(q=Normal((1, 37, 2, 16)), k=Normal((1, 37, 2, 16)), v=Normal((1, 37, 2, 16))) | masks
+    case = Case("joint_attention", f"hidden-by-{next(iter(how))}", operands, {} if masks else how)
+    arrays, douts = frameworks.operands(case, "float32"), frameworks.cotangents(case, "float32")
+    dtypes = dict.fromkeys("qkv", "float32") | dict.fromkeys(masks, "bool")
+    attend = lambda arrays: framework.ops.joint_attention(**arrays, **case.static, implementation=implementation)
+
+    def seen(factor: float) -> list[np.ndarray]:
+        hidden = lambda x, factor: np.concatenate([x[:, :30], factor * x[:, 30:]], 1)
+        others = arrays | {name: hidden(arrays[name], factor) for name in "kv"}
+        values = framework.differentiate(attend, case, others, dict(out=hidden(douts["out"], 0)), dtypes).values
+        return [x[:, :30] for x in values.values()]
+
+    for a, b in zip(seen(1), seen(1e4), strict=True):
+        assert np.isfinite(a).all() and np.array_equal(a, b)
 
 
 def test_results_merge_across_calls_by_their_lse(framework, kernels):
