@@ -250,8 +250,3 @@ def ungrouped(xp, v, samples: int):
     """v (G, ...), a row per group, as a row per sample: (samples, ...)."""
     G, *rest = v.shape
     return xp.broadcast_to(v[:, None], (G, samples // G, *rest)).reshape(samples, *rest)
-
-
-def like(xp, x, y):
-    """x on y's device (torch creates on the CPU by default)."""
-    return x.to(y.device) if hasattr(x, "to") and hasattr(y, "is_cuda") else x

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from . import check
 from ._triton import tl, triton
-from .op import Array, Call, Op, Plan, Spec, Streams, Target, cast, cdiv, groups, like, next_power_of_2, spec, ungrouped, wide
+from .op import Array, Call, Op, Plan, Spec, Streams, Target, cast, cdiv, groups, next_power_of_2, spec, ungrouped, wide
 from .rows import row_and_columns, sum_chunks
 from .streams import integers, name_of, over_streams
 
@@ -510,14 +510,14 @@ def rotate(xp, x, cos, sin, start_pos, layout: str):
     if not B:
         return x
     turned = cos.shape[-1]
-    at = xp.arange(L)[None] if start_pos is None else start_pos[:, None] + like(xp, xp.arange(L), start_pos)[None]
-    at = xp.clip(like(xp, at, cos), 0, cos.shape[-2] - 1)
+    at = xp.arange(L, like=cos)[None] if start_pos is None else start_pos[:, None] + xp.arange(L, like=start_pos)[None]
+    at = xp.clip(at, 0, cos.shape[-2] - 1)
     if len(cos.shape) == 2:
         c, s = (wide(t)[at][:, :, None] for t in (cos, sin))  # (1 or B, L, 1, turned)
     else:
         T = cos.shape[0]
         at = xp.broadcast_to(at, (B, L)).reshape(T, B // T * L)
-        group = like(xp, xp.arange(T), cos)[:, None]
+        group = xp.arange(T, like=cos)[:, None]
         c, s = (wide(t)[group, at].reshape(B, L, 1, turned) for t in (cos, sin))
     x, rest = x[..., : 2 * turned], x[..., 2 * turned :]
     if layout == "interleaved":

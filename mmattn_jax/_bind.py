@@ -28,7 +28,7 @@ from mmattn.choice import ROCM, decide, no_gradient, not_a_gpu, old_gpu, unmet
 from mmattn.op import Call, Layout, Op, Plan, Target, flatten, owners, unflatten
 from mmattn.rows import gradient_spec
 
-from . import _jax_triton
+from . import _arrays, _jax_triton
 from ._choice import current
 from ._transform import BATCH, Role, align, check_varying, fold, lead, like, no_mesh, partitioned
 
@@ -115,7 +115,7 @@ def bind(call: Call, requested: str | None) -> Any:
 def formula(op: Op, layout: Layout, static, arrays) -> tuple[jax.Array, ...]:
     """The reference in JAX, its float32 products as exact as the kernels' unless the user chose a precision."""
     with jax.default_matmul_precision(jax.config.jax_default_matmul_precision or "highest"):
-        return tuple(op.reference(jnp, unflatten(layout, arrays), **dict(static)))
+        return tuple(op.reference(_arrays, unflatten(layout, arrays), **dict(static)))
 
 
 def checkpoint_name_of(op: Op) -> str:

@@ -72,7 +72,11 @@ def fold(bind: Callable, arrays, axes, ins: Sequence[Role], outs: Sequence[Role]
     Shared arrays stay shared while none of them is mapped or has groups, except where their gradients are computed: each
     example of the mapped axis has its own.
     """
-    n = next(x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None)
+    n = examples = next(x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None)
+    if n == 0:  # kernels and their plans divide by the number of samples: one example of zeros, of which nothing is kept
+        one = lambda x, axis: jnp.zeros([1 if i == axis else size for i, size in enumerate(x.shape)], x.dtype)
+        arrays = [x if axis is None else one(x, axis) for x, axis in zip(arrays, axes, strict=True)]
+        n = 1
     shared = lambda constant: [
         (x.ndim - (axis is not None), axis, role)
         for x, axis, role in zip(arrays, axes, ins, strict=True)
@@ -100,8 +104,9 @@ def fold(bind: Callable, arrays, axes, ins: Sequence[Role], outs: Sequence[Role]
             return x
         return reshape(x, (n, x.shape[0] // n, *x.shape[1:]), (*spread, *jax.typeof(x).sharding.spec[1:]))
 
-    results = bind(*map(folded, arrays, axes, ins))
-    return list(map(unfolded, results, outs)), [0] * len(results)
+    results = map(unfolded, bind(*map(folded, arrays, axes, ins)), outs)
+    results = [x if n == examples else x[:0] for x in results]
+    return results, [0] * len(results)
 
 
 def names(entry) -> tuple[str, ...]:

@@ -37,8 +37,9 @@ from mmattn._triton import triton
 from mmattn.choice import ROCM, Explanation, decide, no_gradient, not_a_gpu, old_gpu
 from mmattn.op import DTYPE_NAMES, UNUSED, Call, Layout, Op, Operands, Plan, Spec, Target, flatten, owners, row_stride, unflatten
 
+from . import _arrays
 from ._choice import current, of_context
-from ._fold import fold, fold_operands, lead, unfold
+from ._fold import examples, fold, fold_operands, lead, unfold
 from ._fused import FUSED
 
 DTYPE_NAMES.update({x: str(x).removeprefix("torch.") for x in vars(torch).values() if isinstance(x, torch.dtype)})
@@ -496,8 +497,9 @@ def autograd_backward(operators: Operators, kept: list[Tensor], douts: list[Tens
 def vmap_forward(operators: Operators, info, dims, arrays: list[Tensor], call: str):
     op, n = operators.op, info.batch_size
     m = meaning(op, call)
-    folded = fold_operands(op, m.owners, arrays, dims[0], n)
-    results = [unfold(x, n) for x in operators.forward(folded, call)]
+    arrays, some = examples(arrays, dims[0], n)
+    folded = fold_operands(op, m.owners, arrays, dims[0], some)
+    results = [unfold(x, some)[:n] for x in operators.forward(folded, call)]
     return results, [0] * len(results)
 
 
@@ -505,11 +507,13 @@ def vmap_backward(operators: Operators, info, dims, kept: list[Tensor], douts: l
     op, n = operators.op, info.batch_size
     m = meaning(op, call)
     operands = len(m.kept)  # results follow
-    folded = fold_operands(op, [m.owners[i] for i in m.kept], kept[:operands], dims[0][:operands], n)
-    folded += [fold(x, dim, n) for x, dim in zip(kept[operands:], dims[0][operands:], strict=True)]
-    grads = operators.backward(folded, [fold(d, dim, n) for d, dim in zip(douts, dims[1], strict=True)], call)
-    shapes = m.kept_operands([lead(x, dim, n).shape for x, dim in zip(kept, dims[0], strict=True)])
-    return [g.reshape(shapes[i]) for g, i in zip(grads, m.wanted, strict=True)], [0] * len(grads)
+    kept, some = examples(kept, dims[0], n)
+    douts, _ = examples(douts, dims[1], n)
+    folded = fold_operands(op, [m.owners[i] for i in m.kept], kept[:operands], dims[0][:operands], some)
+    folded += [fold(x, dim, some) for x, dim in zip(kept[operands:], dims[0][operands:], strict=True)]
+    grads = operators.backward(folded, [fold(d, dim, some) for d, dim in zip(douts, dims[1], strict=True)], call)
+    shapes = m.kept_operands([lead(x, dim, some).shape for x, dim in zip(kept, dims[0], strict=True)])
+    return [g.reshape(shapes[i])[:n] for g, i in zip(grads, m.wanted, strict=True)], [0] * len(grads)
 
 
 LIBRARY = torch.library.Library("mmattn", "DEF")
@@ -668,7 +672,7 @@ def execute(call: Call, requested: str | None) -> Any:
     if path(call, requested) == "triton":
         return call.result(run_kernels(call))
     device = device_of(call)
-    formula = partial(call.op.reference, torch)
+    formula = partial(call.op.reference, _arrays)
     asked = (requested or current()) == "reference" or any(x.dtype == torch.float64 for x in flatten(call.op, call.operands)[0])
     if not asked:  # fallen back: torch's fastest, which lacks some derivatives
         formula = FUSED.get(call.op.name, formula)

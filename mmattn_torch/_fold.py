@@ -7,6 +7,15 @@ from torch import Tensor
 from mmattn.op import Op
 
 
+def examples(arrays: list[Tensor], dims: list[int | None], n: int) -> tuple[list[Tensor], int]:
+    """Arrays and their number of examples, which is at least one: in place of none there is one of zeros. Kernels and their plans
+    divide by the number of samples; callers drop what has come of it."""
+    if n:
+        return arrays, n
+    shape = lambda x, dim: [1 if i == dim else size for i, size in enumerate(x.shape)]
+    return [x if dim is None else x.new_zeros(shape(x, dim)) for x, dim in zip(arrays, dims, strict=True)], 1
+
+
 def lead(x: Tensor, dim: int | None, n: int) -> Tensor:
     return x.unsqueeze(0).expand(n, *x.shape) if dim is None else x.movedim(dim, 0)
 

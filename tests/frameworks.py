@@ -124,7 +124,7 @@ class Torch:
 
         import mmattn_torch
 
-        self.torch, self.ops = torch, mmattn_torch
+        self.torch, self.ops, self.arrays = torch, mmattn_torch, mmattn_torch._arrays
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def put(self, x: np.ndarray, dtype: str):
@@ -167,7 +167,7 @@ class Torch:
             y = torch.exp(x)
             return y + (fit(y) - y).detach()
 
-        return Namespace(torch, einsum=Einsum.apply, exp=exp)
+        return Namespace(self.arrays, einsum=Einsum.apply, exp=exp)
 
 
 class Jax:
@@ -178,7 +178,7 @@ class Jax:
 
         import mmattn_jax
 
-        self.jax, self.ops = jax, mmattn_jax
+        self.jax, self.ops, self.arrays = jax, mmattn_jax, mmattn_jax._arrays
 
     def put(self, x: np.ndarray, dtype: str):
         return self.jax.numpy.asarray(x.astype(numpy_dtype(dtype)))
@@ -226,7 +226,7 @@ class Jax:
             return y + jax.lax.stop_gradient(fit(y) - y)
 
         einsum.defvjp(lambda equation, a, b: (einsum(equation, a, b), (fit(a), fit(b))), backward)
-        return Namespace(jnp, einsum=einsum, exp=exp)
+        return Namespace(self.arrays, einsum=einsum, exp=exp)
 
 
 FRAMEWORKS = dict(torch=Torch, jax=Jax)

@@ -215,6 +215,22 @@ def test_nested_vmap(f, kernels):
     same(outs(implementation="triton"), outs(**REFERENCE))
 
 
+@pytest.mark.parametrize("implementation", ["triton", "auto", "reference"])
+@each_example
+def test_vmap_over_no_example(f, implementation, request):
+    """All arrays mapped, or the first alone; one vmap, or another one within or around it."""
+    if implementation == "triton":
+        request.getfixturevalue("kernels")
+    arrays = [x[:1] if x.shape[0] == B else x for x in EXAMPLES[f]]
+    g, gradients = partial(f, implementation=implementation), grads(f, implementation=implementation)
+    every, alone = (0,) * len(arrays), (0, *[None] * (len(arrays) - 1))
+    for h, axes, shape in ((g, alone, (0,)), (gradients, every, (0,)), (gradients, every, (0, 2)), (gradients, alone, (2, 0))):
+        none = [x if axis is None else jnp.zeros(shape + x.shape) for x, axis in zip(arrays, axes, strict=True)]
+        mapped = jax.vmap(h, axes) if len(shape) == 1 else jax.vmap(jax.vmap(h, axes), axes)
+        got, want = jax.tree.leaves(mapped(*none)), jax.tree.leaves(jax.eval_shape(h, *arrays))
+        assert [(x.shape, x.dtype) for x in got] == [(shape + x.shape, x.dtype) for x in want]
+
+
 def test_jacrev_and_gradient_of_vmap():
     x, weight, bias = EXAMPLES[norm]
     x = x[:1, :2]

@@ -119,6 +119,21 @@ def attention(x, c, weights, mask, key_mask, **how):
     return torch.cat(out, 1)
 
 
+def rotated(qkv, weight, start_pos, **how):
+    """q and k of packed projections, each sample with a position of its own."""
+    angles = torch.arange(64, device=qkv.device)[:, None] * 0.3 ** torch.arange(D // HEADS // 2, device=qkv.device)
+    packed = qkv.reshape(*qkv.shape[:2], 3, HEADS, D // HEADS)
+    rotation = dict(over="width", cos=angles.cos(), sin=angles.sin(), start_pos=start_pos)
+    return torch.cat(mmattn_torch.qk_norm_rope(packed, weight, weight, **rotation, **how), 1)
+
+
+def joint(q, c, kv, c_kv, mask, **how):
+    """Grouped queries of two streams under all masks."""
+    key_mask = mask[:, 0] | (torch.arange(mask.shape[1], device=mask.device) < 2)
+    masks = dict(attn_mask=mask, key_masks=(key_mask, None), causal=True)
+    return torch.cat(mmattn_torch.joint_attention((q, c), (kv, c_kv), (kv.sin(), c_kv), **masks, **how), 1)
+
+
 def linear(q, k, v, c, key_mask, **how):
     return torch.cat(mmattn_torch.relu_linear_attention((q, c), (k, c), (v, c), key_masks=(key_mask, None), **how), 1)
 
@@ -141,9 +156,13 @@ def operands(f, B: int, L: int, C: int = 5) -> list:
     if f is linear:
         heads = [leaf(B, L, HEADS, D // HEADS, seed=i) for i in range(3)]
         return [*heads, leaf(B, C, HEADS, D // HEADS), torch.arange(L, device=DEVICE)[None].expand(B, L) < L - 2]
+    if f is rotated:
+        return [leaf(B, L, 3 * D), leaf(D), torch.arange(B, dtype=torch.int32, device=DEVICE) % 5]
     # At least one key for every row but the last, which is empty.
     mask = (randn(B, L, L) > 0) | torch.eye(L, dtype=torch.bool, device=DEVICE)
     mask[:, -1] = False
+    if f is joint:
+        return [*(leaf(B, n, heads, D // HEADS) for heads in (HEADS, 1) for n in (L, C)), mask]
     key_mask = torch.arange(L, device=DEVICE)[None].expand(B, L) < L - 2
     return [leaf(B, L, 3 * D), leaf(B, C, 3 * D), leaf(4, D), mask, key_mask]
 
@@ -155,6 +174,8 @@ OPERATOR = {
     residual: "gated_residual",
     gated_norm: "gated_residual_norm_adaln",
     mixed: "gated_residual_norm_adaln",
+    rotated: "qk_norm_rope",
+    joint: "joint_attention",
     attention: "qk_norm_rope_attention",
     linear: "relu_linear_attention",
 }
@@ -268,8 +289,94 @@ def test_opcheck(f, kernels):
     for operator, arguments in calls.calls:
         opcheck(operator, tree_map(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, arguments))
     operator, arguments = calls.calls[0]
-    trained = lambda x: x.detach().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+    trained = lambda x: x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
     opcheck(operator, tree_map(trained, arguments))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("implementation", ["triton", "auto", "reference"])
+@every_function
+def test_jit_trace(f, implementation, request):
+    """A trace serves other batches and lengths too, forward and backward."""
+    request.getfixturevalue("kernels" if implementation == "triton" else "cpu")
+    how = dict(implementation=implementation)
+    traced = torch.jit.trace(lambda *a: f(*a, **how), tuple(x.detach() for x in operands(f, 2, 7)))
+    for B, L in ((2, 7), (3, 12)):
+        arguments = operands(f, B, L)
+        same(with_gradients(traced, arguments), with_gradients(lambda *a: f(*a, **how), arguments), 0)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("path", ["kernels", "cpu"])
+def test_jit_trace_of_a_stack(path, request):
+    request.getfixturevalue(path)
+    stack = mmattn_torch.GPT2Stack(2, D, HEADS, dropout=0.0, conditioning=True, use_cross_attn=True, device=DEVICE)
+    inputs = lambda B, L: dict(x=randn(B, L, D), y=randn(B, 1, D), context=randn(B, 5, D))
+    traced = torch.jit.trace(stack, example_kwarg_inputs=inputs(2, 7), strict=False)
+    for B, L in ((2, 7), (3, 12)):
+        same(traced(**inputs(B, L)), stack(**inputs(B, L)), 0)
+
+
+class OnOneDevice(TorchDispatchMode):
+    """Refuses tensors that are made elsewhere, as a CUDA graph refuses to copy them."""
+
+    def __init__(self, device: str):
+        super().__init__()
+        self.device = device
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        devices = {x.device.type for x in tree_leaves(out) if isinstance(x, torch.Tensor)}
+        assert devices <= {self.device}, f"{func} makes tensors on {devices}"
+        return out
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+@every_function
+def test_constants_are_made_on_the_device(f, implementation, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "DEVICE", "meta")
+    arguments = operands(f, 2, 7)
+    leaves = [x for x in arguments if x.requires_grad]
+    with OnOneDevice("meta"):
+        out = f(*arguments, implementation=implementation)
+        torch.autograd.grad(out, leaves, torch.empty_like(out))
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_constants_of_modules_are_made_on_the_device(linear):
+    inputs = dict(x=torch.empty(2, 7, D, device="meta"), context=torch.empty(2, 5, D, device="meta"))
+    inputs["attn_mask"] = torch.empty(2, 7, 7, device="meta", dtype=torch.bool)
+    attention = mmattn_torch.RMSNormSelfCrossAttention(D, HEADS, use_context=True, linear=linear, device="meta")
+    with OnOneDevice("meta"):
+        attention(**inputs, start_pos=3).x_out.sum().backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["triton", "reference"])
+@every_function
+def test_cuda_graph(f, implementation):
+    """Forward and backward, captured once and replayed on other data."""
+    arguments = [x.detach().clone().requires_grad_(x.requires_grad) for x in operands(f, 2, 37)]
+    leaves = [x for x in arguments if x.requires_grad]
+    dout = torch.ones_like(f(*arguments)).cumsum(-1) / D
+
+    def run():
+        out = f(*arguments, implementation=implementation)
+        return out.detach(), *torch.autograd.grad(out, leaves, dout)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = run()
+    with torch.no_grad():
+        for x in arguments:
+            x.copy_(0.5 * x.roll(1, 0) if x.is_floating_point() else x.roll(1, 0))
+    graph.replay()
+    same(replayed, run(), 0 if implementation == "triton" else 1e-5)
 
 
 def both(transform, f, arguments):
@@ -313,6 +420,22 @@ def test_vmap_of_grad_keeps_vector_gradients_apart(f, kernels):
     arguments[0] = randn(3, *arguments[0].shape)
     mapped = (0, *[None] * (len(arguments) - 1))
     both(lambda f: vmap(grad(loss(f), floats), mapped), f, arguments)
+
+
+@pytest.mark.parametrize("implementation", ["triton", "auto", "reference"])
+@every_function
+def test_vmap_over_no_example(f, implementation, request):
+    """All operands mapped, or the first alone; one vmap, or another one within or around it."""
+    request.getfixturevalue("kernels" if implementation == "triton" else "cpu")
+    arguments = [x.detach() for x in operands(f, 1, 4, 2)]
+    g = lambda *a: f(*a, implementation=implementation)
+    gradients = grad(loss(g), tuple(i for i, x in enumerate(arguments) if x.is_floating_point()))
+    every, alone = (0,) * len(arguments), (0, *[None] * (len(arguments) - 1))
+    for h, axes, shape in ((g, alone, (0,)), (gradients, every, (0,)), (gradients, every, (0, 2)), (gradients, alone, (2, 0))):
+        none = [x if axis is None else x.new_empty(shape + x.shape) for x, axis in zip(arguments, axes, strict=True)]
+        mapped = vmap(h, axes) if len(shape) == 1 else vmap(vmap(h, axes), axes)
+        got, want = tree_leaves(mapped(*none)), tree_leaves(h(*arguments))
+        assert [(x.shape, x.dtype) for x in got] == [(shape + x.shape, x.dtype) for x in want]
 
 
 def test_nested_vmap_of_a_shared_vector(kernels):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from ..op import UNUSED, Op, Plan, Spec, Target, cast, cdiv, groups, like, spec, ungrouped, wide
+from ..op import UNUSED, Op, Plan, Spec, Target, cast, cdiv, groups, spec, ungrouped, wide
 from ..rows import SUM_WARPS, config, gradient_spec, per_sample, row_meta, split, sum_tile, tile
 from .kernels import adaln_bwd_kernel, adaln_bwd_vectors_kernel, adaln_fwd_kernel
 
@@ -181,7 +181,7 @@ def norm(xp, x, *, eps, center):
 def selected(xp, table, index):
     """Row index[b, l] of each sample's table (B, R, D), clamped to the table."""
     B, R, D = table.shape
-    return table.reshape(B * R, D)[xp.clip(index, 0, R - 1) + like(xp, R * xp.arange(B), index)[:, None]]
+    return table.reshape(B * R, D)[xp.clip(index, 0, R - 1) + R * xp.arange(B, like=index)[:, None]]
 
 
 def modulation(xp, a, name: str, row: int | None):

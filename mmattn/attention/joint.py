@@ -20,8 +20,7 @@ def backward(run, a, outs, extras, douts, *, return_lse, **static):
 
 def ones(xp, x, *shape: int):
     """True in the given shape, on x's device."""
-    true = xp.broadcast_to(xp.arange(1) == 0, shape)
-    return true.to(x.device) if hasattr(x, "is_cuda") else true
+    return xp.broadcast_to(xp.arange(1, like=x) == 0, shape)
 
 
 def joint_mask(xp, q, attn_mask, key_masks, causal: bool):
@@ -169,7 +168,8 @@ def attention_static(op: str, d: int, causal, scale, return_lse, precision) -> d
         expected = "None for 1 / sqrt(d), or a number that is finite in float32"
         scale = check.number(op, "scale", scale, -check.FLOAT32_MAX, expected, "Leave it out, or pass such a number.")
     check.choice(op, "precision", precision, ("ieee", "tf32"))
-    return dict(causal=causal, scale=d**-0.5 if scale is None else scale, return_lse=return_lse, precision=precision)
+    scale = int(d) ** -0.5 if scale is None else scale  # torch.jit.trace counts with tensors, and the scale is a number
+    return dict(causal=causal, scale=scale, return_lse=return_lse, precision=precision)
 
 
 def attention_result(n: int, single: bool, return_lse: bool):
