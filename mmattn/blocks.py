@@ -285,7 +285,7 @@ def boolean_mask(name: str, mask, x):
 
 def positions(ops, m, x, start_pos):
     name, tokens, limit = type(m).__name__, x.shape[1], m.max_seq_len
-    if tokens > limit:
+    if check.comparable(tokens) and tokens > limit:
         raise ValueError(
             f"{name}: x has {tokens} tokens; expected at most max_seq_len = {limit}. Build the module with a larger max_seq_len."
         )

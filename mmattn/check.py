@@ -60,6 +60,12 @@ def is_array(op: str, name: str, x) -> None:
         )
 
 
+def comparable(*sizes) -> bool:
+    """Whether it can be asked which size is larger, as of numbers and of torch's symbolic sizes. Of jax.export's it cannot: JAX
+    raises, but for equality."""
+    return all(isinstance(n, int) or hasattr(n, "__index__") for n in sizes)
+
+
 def shape(op: str, name: str, x, *allowed: tuple[str, tuple[int, ...]], remedy: str) -> None:
     """x.shape must be one of `allowed`, each given as (axes, sizes)."""
     is_array(op, name, x)
@@ -112,7 +118,7 @@ def integer(op: str, name: str, x) -> None:
 
 def positions(op: str, extent: tuple[int, int] | None, tokens: int, limit: int) -> None:
     """The smallest and largest start position, where they can be seen, must leave every token within the table."""
-    if extent is not None and (extent[0] < 0 or extent[1] + tokens > limit):
+    if extent is not None and comparable(tokens, limit) and (extent[0] < 0 or extent[1] + tokens > limit):
         raise ValueError(
             f"{op}: start_pos reaches from {extent[0]} to {extent[1]}; expected 0 to {limit - tokens}, "
             f"the {limit} positions of the table less {tokens} tokens. Move the start, or make the table longer."
@@ -150,7 +156,7 @@ def countable(op: str, name: str, x) -> None:
 
 def addressable(op: str, name: str, x, dense: int) -> None:
     """The tokens of one sample of x (B, L, ...), rows of `dense` axes, are counted in 32 bits."""
-    if not all(isinstance(n, int) for n in x.shape):  # a tracer's length, which must not be compared
+    if not all(isinstance(n, int) for n in x.shape):  # a tracer's length, which is not to be tied to a number
         return
     rows, stride = x.shape[1], row_stride(x, dense) or math.prod(x.shape[2:])
     if rows * stride >= 2**31:
@@ -168,6 +174,10 @@ def same_dtype(op: str, name: str, x, like: str, like_name: str) -> None:
 
 def width(op: str, name: str, size: int, high: int, odd: str, wide: str) -> None:
     """A width is a multiple of 8 up to `high`; `wide` is the remedy for a larger one, `odd` for any other."""
+    if not comparable(size):
+        raise ValueError(
+            f"{op}: {name} is {size}, a symbolic size; expected a number, it is compiled in. Export the function for each width."
+        )
     if size % 8 or not 8 <= size <= high:
         remedy = wide if size > high else odd
         raise ValueError(f"{op}: {name} is {size}; expected a multiple of 8 from 8 to {high}. {remedy}")

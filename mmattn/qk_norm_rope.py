@@ -579,9 +579,9 @@ def check_tables(op: str, named_cos: tuple, named_sin: tuple, packed: tuple[int,
     )
     check.rank(op, cos_name, cos, ("S, d/2", "B, S, d/2"), remedy)
     S, r = cos.shape[-2:]
-    if isinstance(S, int) and isinstance(L, int):  # symbolic lengths cannot be compared, but positions are clamped to the table
+    if check.comparable(S, L):  # otherwise positions are clamped to the table
         S = max(S, L)
-    want = (S, max(1, min(r, d // 2)))
+    want = (S, max(1, min(r, d // 2)) if check.comparable(r) else d // 2)
     check.shape(op, cos_name, cos, ("S, d/2", want), ("B, S, d/2", (B, *want)), remedy=remedy)
     axes = "S, d/2" if len(cos.shape) == 2 else "B, S, d/2"
     check.shape(op, sin_name, sin, (axes, tuple(cos.shape)), remedy=f"{sin_name} has the shape of {cos_name}.")

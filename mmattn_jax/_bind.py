@@ -165,6 +165,7 @@ def lowering(half: Forward | Backward, platform: str) -> Callable:
                 raise unmet(form.name, why)
             if why is not None:
                 return tuple(half.reference(arrays, form))
+            check_sizes(form.name, arrays)
             return tuple(half.kernels(Run(target(), launch if platform == "cuda" else host_launch), arrays, form))
 
     def lower(*arrays, form: Form, implementation: str):
@@ -178,6 +179,17 @@ def lowering(half: Forward | Backward, platform: str) -> Callable:
         return mlir.lower_fun(lower, multiple_results=True)(ctx.replace(avals_in=plain), *values, **params)
 
     return rule
+
+
+def check_sizes(name: str, arrays) -> None:
+    """Whether kernels can be launched for arrays of these shapes: their grids are of a fixed size."""
+    for x in arrays:
+        if not all(isinstance(n, int) for n in x.shape):
+            raise ValueError(
+                f"{name}: an array has the symbolic shape ({', '.join(map(str, x.shape))}); expected numbers, as the grids that "
+                "kernels are launched on are fixed. Export the function for each size, or pass "
+                'implementation="reference", which leaves batch and lengths open.'
+            )
 
 
 class Forward(NamedTuple):

@@ -32,7 +32,8 @@ def _per_sample(start_pos, x: jax.Array) -> jax.Array:
 
 
 def _angles(m: nnx.Module, x: jax.Array, n: int) -> tuple[np.ndarray, np.ndarray]:
-    return tuple(t[:n] for t in rope.table(m.max_seq_len, m.dim_head))  # constants of the program: no more than it needs
+    tables = rope.table(m.max_seq_len, m.dim_head)
+    return tuple(t[:n] for t in tables) if isinstance(n, int) else tables  # constants of the program: no more than it needs
 
 
 def _untouched(module: nnx.Module, kind: str) -> bool:

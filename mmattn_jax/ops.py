@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 import mmattn
 from mmattn import Row, check
 from mmattn.choice import Explanation, decide
-from mmattn.op import Call
+from mmattn.op import Call, flatten
 
 from . import _bind
 from ._choice import Implementation, current
@@ -291,7 +291,10 @@ def explain(op: str | Callable, *args, device: jax.Device | str | None = None, *
     if kwargs.get("start_pos") is not None:
         kwargs["start_extent"] = extent(kwargs["start_pos"])
     call = checked(name, args, kwargs, SHAPED)
-    return decide(call, requested, current(), _bind.problem(platform_of(device, jax.tree.leaves((args, kwargs)))))
+    explanation = decide(call, requested, current(), _bind.problem(platform_of(device, jax.tree.leaves((args, kwargs)))))
+    if explanation.path == "triton":
+        _bind.check_sizes(name, flatten(call.op, call.operands)[0])
+    return explanation
 
 
 def platform_of(device: jax.Device | str | None, arrays) -> str:

@@ -121,7 +121,7 @@ def attention(x, c, weights, mask, key_mask, **how):
 
 def rotated(qkv, weight, start_pos, **how):
     """q and k of packed projections, each sample with a position of its own."""
-    angles = torch.arange(64, device=qkv.device)[:, None] * 0.3 ** torch.arange(D // HEADS // 2, device=qkv.device)
+    angles = torch.arange(4096, device=qkv.device)[:, None] * 0.3 ** torch.arange(D // HEADS // 2, device=qkv.device)
     packed = qkv.reshape(*qkv.shape[:2], 3, HEADS, D // HEADS)
     rotation = dict(over="width", cos=angles.cos(), sin=angles.sin(), start_pos=start_pos)
     return torch.cat(mmattn_torch.qk_norm_rope(packed, weight, weight, **rotation, **how), 1)
