@@ -15,12 +15,10 @@ read for dgate, and residual takes the place of r.
 
 from __future__ import annotations
 
-from functools import cache
-
 from . import check
 from ._triton import tl, triton
 from .adaln.op import norm
-from .op import UNUSED, Array, Call, Op, Plan, Row, Spec, Target, Vector, cast, cdiv, groups, spec, wide
+from .op import UNUSED, Array, Call, Op, Plan, Row, Spec, Target, Vector, cast, cdiv, groups, remembered, spec, wide
 from .rows import (
     SUM_WARPS,
     affine,
@@ -289,7 +287,7 @@ def variant(meta: tuple) -> str:
     return "post" if dict(meta)["POST"] else "layer"
 
 
-@cache
+@remembered
 def fwd_plan(target: Target, x: Spec, h: Spec, G: int, meta: tuple) -> Plan:
     B, L, D = x.shape
     c = config("gated_residual_norm_adaln_fwd", variant(meta), (x, h), target)
@@ -309,7 +307,7 @@ def sums_are_gradients(chunks: int, flags: dict) -> bool:
     return chunks == 1 and not flags["POST"] and not flags["TANH"]
 
 
-@cache
+@remembered
 def bwd_plan(target: Target, x: Spec, h: Spec, G: int, meta: tuple, vectors: tuple[Spec, ...]) -> Plan:
     """vectors: the gradients of gate, scale and shift. A launch that leaves them to the second kernel has outputs of their
     dtypes anyway, so that one compiled kernel serves every number of chunks."""
@@ -333,7 +331,7 @@ def bwd_plan(target: Target, x: Spec, h: Spec, G: int, meta: tuple, vectors: tup
     )
 
 
-@cache
+@remembered
 def vectors_plan(samples: int, chunks: int, width: int, G: int, meta: tuple, outs: tuple[Spec, ...]) -> Plan:
     t = sum_tile(dict(meta)["POST"], 1)
     return Plan(

@@ -12,14 +12,12 @@ One program per head sums the state, one per block of tokens reads it. Saved for
 
 from __future__ import annotations
 
-from functools import cache
-
 from . import check
 from ._triton import tl, triton
 from .attention.joint import joined, joint_operands, mask_operands, split_streams
 from .attention.plans import key_mask_inputs
 from .attention.tokens import kept, load_tokens, stream_of
-from .op import Call, Op, Plan, Spec, Streams, cast, cdiv, next_power_of_2, row_stride, spec
+from .op import Call, Op, Plan, Spec, Streams, cast, cdiv, next_power_of_2, remembered, row_stride, spec
 from .streams import integers, over_streams
 
 
@@ -238,7 +236,7 @@ def linear_attention_bwd_body(
     tl.store(dv_ptr + at, tl.where(keep[:, None], dv, 0.0).to(dv_ptr.dtype.element_ty), mask=inside)
 
 
-@cache
+@remembered
 def plan(
     body, lengths: tuple[int, ...], heads: int, per_block: bool, outs: tuple[Spec, ...], constants: tuple, d: int, narrow: bool
 ) -> Plan:

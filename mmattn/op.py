@@ -10,11 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 DTYPE_NAMES: dict[Any, str] = {}  # a framework's dtype object -> its name; each front-end adds its own
 FLOATS = ("float32", "bfloat16", "float16")
+remembered = lru_cache(maxsize=64)
+"""For functions of shapes, such as those that make plans. Lengths may be new for ever, so the latest results alone are kept:
+enough for the layers of a model to share them. What is launched again and again the front-ends remember themselves."""
 
 
 def dtype_name(x) -> str:

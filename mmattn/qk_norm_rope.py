@@ -13,12 +13,27 @@ Saved for the backward: the packed projections and the weights; rstd is recomput
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 from . import check
 from ._triton import tl, triton
-from .op import Array, Call, Op, Plan, Spec, Streams, Target, cast, cdiv, groups, next_power_of_2, spec, ungrouped, wide
+from .op import (
+    Array,
+    Call,
+    Op,
+    Plan,
+    Spec,
+    Streams,
+    Target,
+    cast,
+    cdiv,
+    groups,
+    next_power_of_2,
+    remembered,
+    spec,
+    ungrouped,
+    wide,
+)
 from .rows import row_and_columns, sum_chunks
 from .streams import integers, name_of, over_streams
 
@@ -408,7 +423,7 @@ def sizes(streams: tuple[Stream, ...], programs: tuple[int, ...], **more: tuple[
     return integers(LENGTHS=lengths, PROGRAMS=programs, SAMPLES=samples, TABLE_SAMPLES=table_samples, **more)
 
 
-@cache
+@remembered
 def fwd_plan(streams: tuple[Stream, ...], over: str, eps: float, started: bool, layout: str, q_scale: float) -> Plan:
     meta = constants(streams, over, eps, started, layout, 512) | dict(Q_SCALE=q_scale)
     programs = tuple(s.groups * cdiv(s.rows(meta["WIDTH"]), meta["ROWS"]) for s in streams)
@@ -423,7 +438,7 @@ def fwd_plan(streams: tuple[Stream, ...], over: str, eps: float, started: bool, 
     )
 
 
-@cache
+@remembered
 def bwd_plan(
     target: Target,
     streams: tuple[Stream, ...],
@@ -453,7 +468,7 @@ def bwd_plan(
     )
 
 
-@cache
+@remembered
 def weights_plan(parts: tuple[Spec, ...], outs: tuple[Spec, ...]) -> Plan:
     """outs: gradients of q_weight of every stream, then of k_weight."""
     _, _, width = parts[0].shape

@@ -6,11 +6,9 @@ Saved for the backward: h and gate.
 
 from __future__ import annotations
 
-from functools import cache
-
 from . import check
 from ._triton import tl, triton
-from .op import Array, Call, Op, Plan, Row, Spec, Target, Vector, cast, cdiv, spec, wide
+from .op import Array, Call, Op, Plan, Row, Spec, Target, Vector, cast, cdiv, remembered, spec, wide
 from .rows import config, gradient_spec, load_tile, load_vector, per_sample, row_meta, split, store_sums, sum_chunks_plan, tile
 
 
@@ -78,7 +76,7 @@ def gate_meta(gate, row: int | None) -> tuple:
     return tuple(row_meta("GATE", gate, row).items())
 
 
-@cache
+@remembered
 def fwd_plan(x: Spec, row: tuple) -> Plan:
     B, L, D = x.shape
     c = config("gated_residual_fwd", None, (x,), Target())
@@ -92,7 +90,7 @@ def fwd_plan(x: Spec, row: tuple) -> Plan:
     )
 
 
-@cache
+@remembered
 def bwd_plan(target: Target, h: Spec, row: tuple) -> Plan:
     B, L, D = h.shape
     c = config("gated_residual_bwd", None, (h,), target)

@@ -7,12 +7,11 @@ to add, and the first kernel writes the gradient itself.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 from . import tuned
 from ._triton import tl, triton
-from .op import Plan, Spec, Target, cdiv, next_power_of_2, row_stride, spec, wide
+from .op import Plan, Spec, Target, cdiv, next_power_of_2, remembered, row_stride, spec, wide
 
 
 @triton.jit
@@ -212,7 +211,7 @@ def sum_tile(shared: bool, sums: int) -> dict[str, int]:
     return dict(ROWS=16, COLS=8 if shared else 32, SHARED_ROWS=256 if sums == 1 else 64)
 
 
-@cache
+@remembered
 def sum_chunks_plan(part: Spec, out: Spec) -> Plan:
     N, chunks, D = part.shape
     cols = min(32, next_power_of_2(D))

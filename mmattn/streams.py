@@ -17,7 +17,7 @@ INTEGERS = ("LENGTHS", "PROGRAMS", "SAMPLES", "TABLE_SAMPLES", "CHUNKS", "BLOCKS
 """Tuples of runtime integers, one per stream."""
 
 
-@cache
+@cache  # as many as there are bodies and numbers of streams
 def over_streams(body, n: int):
     """The kernel `<body>_<n>` that runs `body` over n streams.
 

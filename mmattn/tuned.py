@@ -37,10 +37,10 @@ class Config(NamedTuple):
 
 _trial: dict[Key, Config] = {}
 asked: dict[Key, None] = {}
-"""The keys that were looked up, in that order."""
+"""The keys that were looked up, in that order. A key has no length, and a new one comes with a new kernel to compile."""
 
 
-@cache
+@cache  # one
 def table() -> dict[str, Config]:
     return {key: Config(*config) for key, config in json.loads(TABLE.read_text()).items()}
 

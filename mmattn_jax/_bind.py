@@ -126,7 +126,7 @@ CHECKPOINT_NAMES = tuple(map(checkpoint_name_of, mmattn.OPS))
 """What `jax.checkpoint_policies.save_only_these_names` takes to keep an op's results and residuals: one name per op."""
 
 
-@cache
+@cache  # two for each op
 def primitives(op: Op) -> tuple[Primitive, Primitive]:
     """An op's forward and backward."""
     forward, backward = primitive(Forward(op)), primitive(Backward(op))

@@ -10,7 +10,7 @@ import inspect
 import math
 import os
 import zlib
-from functools import cache
+from functools import cache, lru_cache
 from types import FunctionType, ModuleType
 
 import jax
@@ -28,7 +28,7 @@ def installed() -> bool:
     return importlib.util.find_spec("jax_triton") is not None
 
 
-@cache
+@cache  # one
 def module() -> ModuleType:
     """jax_triton, without what its import leaves behind."""
     # 0.3.1 sets TRITON_CACHE_DIR to "", after which torch's launches in this process fail; 0.4 deletes the user's directory.
@@ -48,7 +48,7 @@ def module() -> ModuleType:
     return jax_triton
 
 
-@cache
+@cache  # one for each kernel
 def static_variant(kernel):
     """The kernel with all but its pointers constexpr.
 
@@ -68,7 +68,7 @@ def static_variant(kernel):
 POINTERS = dict(bool="*i1", bfloat16="*bf16", float32="*fp32", int32="*i32")
 
 
-@cache
+@lru_cache(maxsize=64)  # lengths are constants, each of which is a kernel of its own, with its code
 def compiled(kernel, constants: tuple, dtypes: tuple[str, ...], arch: int, **options) -> tuple:
     """What XLA launches of a kernel, its name, and the bytes of scratch memory that each program wants."""
     import triton

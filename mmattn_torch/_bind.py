@@ -35,7 +35,22 @@ from mmattn import check
 from mmattn._gluon import INSTALLED
 from mmattn._triton import triton
 from mmattn.choice import ROCM, Explanation, decide, no_gradient, not_a_gpu, old_gpu
-from mmattn.op import DTYPE_NAMES, UNUSED, Call, Layout, Op, Operands, Plan, Spec, Target, flatten, owners, row_stride, unflatten
+from mmattn.op import (
+    DTYPE_NAMES,
+    UNUSED,
+    Call,
+    Layout,
+    Op,
+    Operands,
+    Plan,
+    Spec,
+    Target,
+    flatten,
+    owners,
+    remembered,
+    row_stride,
+    unflatten,
+)
 
 from . import _arrays
 from ._choice import current, of_context
@@ -45,7 +60,7 @@ from ._fused import FUSED
 DTYPE_NAMES.update({x: str(x).removeprefix("torch.") for x in vars(torch).values() if isinstance(x, torch.dtype)})
 
 
-@cache
+@remembered
 def dense(spec: Spec) -> tuple:
     """Shape, strides and dtype of a contiguous tensor."""
     strides = accumulate((max(n, 1) for n in spec.shape[:0:-1]), operator.mul, initial=1)
@@ -128,7 +143,7 @@ def problem(device: torch.device) -> str | None:
     return old_gpu(target(device).arch)
 
 
-@cache
+@cache  # one for each GPU
 def target(device: torch.device) -> Target:
     if device.type != "cuda":
         return Target()
@@ -137,29 +152,35 @@ def target(device: torch.device) -> Target:
 
 
 class Step:
-    """One launch of a program, and where its inputs and then its outputs lie among the program's arrays."""
+    """One launch of a program, and where its inputs and then its outputs lie among the program's arrays.
 
-    def __init__(self, plan: Plan, inputs: list[int], outs: range):
-        self.plan, self.inputs, self.outs, self.at, self.again = plan, inputs, outs, [*inputs, *outs], None
+    new: what each output is, a Spec, or the position of the input that the launch updates. The plan, which is large, is kept
+    until there is `again`.
+    """
+
+    __slots__ = ("again", "at", "new", "plan")
+
+    def __init__(self, plan: Plan, inputs: Sequence[int], outs: Sequence[int]):
+        self.new = tuple(inputs[plan.aliases[i]] if i in plan.aliases else out for i, out in enumerate(plan.outs))
+        self.plan, self.at, self.again = plan, (*inputs, *outs), None
 
     def first(self, arrays: list[Tensor]) -> None:
         """The launch, before there is `again`."""
+        operands = [arrays[i] for i in self.at]
+        inputs, outs = operands[: -len(self.new)], operands[-len(self.new) :]
         if 0 in self.plan.grid:
-            for i, out in zip(self.outs, self.plan.outs, strict=True):
+            for x, out in zip(outs, self.new, strict=True):
                 if out is not UNUSED:
-                    arrays[i].zero_()
+                    x.zero_()
         else:
-            self.again = launch(self.plan, [arrays[i] for i in self.inputs], [arrays[i] for i in self.outs])
+            self.again, self.plan = launch(self.plan, inputs, outs), None
 
 
 def follow(steps: Sequence[Step], arrays: list[Tensor], addresses: list[int], device: torch.device) -> None:
     """Launch steps; each one's outputs and their addresses join the arrays."""
     for step in steps:
-        for i, out in enumerate(step.plan.outs):
-            if i in step.plan.aliases:
-                x = arrays[step.inputs[step.plan.aliases[i]]]
-            else:
-                x = spare(device) if out is UNUSED else empty(out, device)
+        for out in step.new:
+            x = arrays[out] if type(out) is int else spare(device) if out is UNUSED else empty(out, device)
             arrays.append(x)
             addresses.append(x.data_ptr())
         again = step.again
@@ -169,7 +190,7 @@ def follow(steps: Sequence[Step], arrays: list[Tensor], addresses: list[int], de
             again([addresses[i] for i in step.at])
 
 
-@cache
+@cache  # one for each device
 def spare(device: torch.device) -> Tensor:
     """What stands for outputs that no launch writes."""
     with torch.inference_mode(False):
@@ -235,7 +256,36 @@ def record(op: Op, owners: Sequence[str], arrays: Sequence[Tensor], compute: Cal
     return Program(device, device.index, copied, run.steps, [run.position(x) for x in results]), results
 
 
-_programs: dict[tuple, Program] = {}
+class Latest(dict):
+    """What was remembered or looked up last, at most twice `size` entries: `latest[key]`, None where it is not known.
+
+    The entries of this dict are the young ones, which are found as fast as a dict finds them. When there are `size` of them they
+    become the old ones, in place of those that were old and have not been looked up since.
+    """
+
+    def __init__(self, size: int):
+        self.size, self.old = size, {}
+
+    def __missing__(self, key):
+        value = self.old.get(key)
+        if value is not None:
+            self.remember(key, value)
+        return value
+
+    def remember(self, key, value) -> None:
+        if len(self) >= self.size:
+            self.old = dict(self)
+            self.clear()
+        self[key] = value
+
+    def forget(self) -> None:
+        self.clear()
+        self.old = {}
+
+
+REMEMBERED = 1536
+"""Calls, which lengths that change for ever must not fill the memory with: a few kilobytes each."""
+_programs: Latest = Latest(REMEMBERED)
 
 
 def replayed(name: tuple, op: Op, owners: Sequence[str], arrays: Sequence[Tensor], compute: Callable) -> list[Tensor]:
@@ -244,11 +294,11 @@ def replayed(name: tuple, op: Op, owners: Sequence[str], arrays: Sequence[Tensor
     if not describe(arrays, key, [], addresses):  # a tensor subclass
         return record(op, owners, arrays, compute)[1]
     key = tuple(key)
-    program = _programs.get(key)
+    program = _programs[key]
     if program is not None:
         return program(arrays, addresses)
     program, results = record(op, owners, arrays, compute)
-    remember(_programs, key, program)
+    _programs.remember(key, program)
     return results
 
 
@@ -281,12 +331,6 @@ def describe(args, key: list, tensors: list[Tensor], addresses: list[int]) -> bo
         else:
             return False
     return True
-
-
-def remember(memory: dict, key: tuple, value) -> None:
-    if len(memory) >= 4096:  # lengths that change for ever
-        memory.clear()
-    memory[key] = value
 
 
 class Meaning:
@@ -344,10 +388,10 @@ class Meaning:
         return [flat[i] for i in self.wanted]
 
 
-meaning = cache(Meaning)
+meaning = remembered(Meaning)
 
 
-@cache
+@remembered
 def call_text(name: str, layout: Layout, static: tuple) -> str:
     return repr((name, layout, static))
 
@@ -583,7 +627,7 @@ class Prepared(NamedTuple):
     result: Callable
 
 
-_prepared: dict[tuple, Prepared] = {}
+_prepared: Latest = Latest(REMEMBERED)
 PLAIN = {Tensor, Parameter}
 REQUIRES_GRAD = operator.attrgetter("requires_grad")
 
@@ -609,7 +653,7 @@ def perform(core: Callable[..., Call], requested: str | None, *args, **kwargs) -
     if not describe((requested, *args, *kwargs.values()), key, tensors, addresses):
         return execute(checked(core, args, kwargs), requested)
     key = tuple(key)
-    prepared = _prepared.get(key)
+    prepared = _prepared[key]
     if prepared is None:
         call = checked(core, args, kwargs)
         if path(call, requested) != "triton":
@@ -617,7 +661,7 @@ def perform(core: Callable[..., Call], requested: str | None, *args, **kwargs) -
         seen = []
         call = checked(core, apart(args, seen), {name: apart(x, seen) for name, x in kwargs.items()})
         prepared = prepare(call, seen)
-        remember(_prepared, key, prepared)
+        _prepared.remember(key, prepared)
     if prepared.order is not None:
         tensors, addresses = [tensors[i] for i in prepared.order], [addresses[i] for i in prepared.order]
     if torch.is_grad_enabled() and any(map(REQUIRES_GRAD, tensors)):
@@ -659,8 +703,8 @@ def apart(x, seen: list[Tensor]):
 
 def forget() -> None:
     """Forget calls and programs; for tests, which change where kernels run."""
-    _prepared.clear()
-    _programs.clear()
+    _prepared.forget()
+    _programs.forget()
 
 
 def path(call: Call, requested: str | None) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
-
-from ..op import UNUSED, Op, Plan, Spec, Target, cast, cdiv, groups, spec, ungrouped, wide
+from ..op import UNUSED, Op, Plan, Spec, Target, cast, cdiv, groups, remembered, spec, ungrouped, wide
 from ..rows import SUM_WARPS, config, gradient_spec, per_sample, row_meta, split, sum_tile, tile
 from .kernels import adaln_bwd_kernel, adaln_bwd_vectors_kernel, adaln_fwd_kernel
 
@@ -74,7 +72,7 @@ def variant(meta: tuple, center: bool) -> str | None:
     return None if {"token", "index"} & kinds else "layer" if center or "sample" in kinds else "rms"
 
 
-@cache
+@remembered
 def fwd_plan(target: Target, x: Spec, samples: int, tokens: int, G: int, lines: int, meta: tuple, eps: float, center: bool):
     c = config("adaln_fwd", variant(meta, center), (x,), target)
     chunks, blocks = split(target, samples, cdiv(tokens, c.rows), c)
@@ -88,7 +86,7 @@ def fwd_plan(target: Target, x: Spec, samples: int, tokens: int, G: int, lines: 
     )
 
 
-@cache
+@remembered
 def bwd_plan(
     target: Target, x: Spec, samples: int, tokens: int, G: int, lines: int, meta: tuple, eps: float, center: bool, vectors: tuple
 ) -> Plan:
@@ -114,7 +112,7 @@ def bwd_plan(
     )
 
 
-@cache
+@remembered
 def vectors_plan(width: int, served: int, shared: bool, chunks: int, samples: int, G: int, lines: int, meta: tuple, outs: tuple):
     t = sum_tile(shared, sum(dict(meta)[name] for name in ("SUM_A", "SUM_H", "SUM_WA", "SUM_WH")))
     return Plan(

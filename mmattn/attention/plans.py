@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from functools import cache
 
 from .. import tuned
-from ..op import UNUSED, Plan, Spec, Target, aligned, cdiv, next_power_of_2, row_stride, spec
+from ..op import UNUSED, Plan, Spec, Target, aligned, cdiv, next_power_of_2, remembered, row_stride, spec
 from ..streams import integers, over_streams
 from .backward import (
     PAD,
@@ -164,7 +163,7 @@ def meta(
     return constants | more | tile, warps, stages
 
 
-@cache
+@remembered
 def plan(
     body,
     lengths: tuple[int, ...],
@@ -187,7 +186,7 @@ def plan(
     )
 
 
-@cache
+@remembered
 def delta_plan(
     lengths: tuple[int, ...],
     statistics: tuple[Spec, ...],
@@ -213,7 +212,7 @@ def delta_plan(
     )
 
 
-@cache
+@remembered
 def walking_plan(
     kernel, lengths: tuple[int, ...], B: int, programs: int, outs: tuple[Spec, ...], constants: tuple,
     warps: int = 4, stages: int = 1, aliases: tuple[tuple[int, int], ...] = (),
@@ -255,7 +254,7 @@ def mask_inputs(a, anys) -> tuple:
     return (*key_mask_inputs(a), a.q[0] if a.attn_mask is None else a.attn_mask, rows, cols)
 
 
-@cache
+@remembered
 def any_plan(mask: Spec) -> Plan:
     B, L, _ = mask.shape
     lines = 16
@@ -426,7 +425,7 @@ def hopper_forward(run, a, *, return_lse: bool, precision: str, **static):
     return (results[:n] + results[2 * n :] if return_lse else results[:n]), results[n : 2 * n]
 
 
-@cache
+@remembered
 def repair_plan(lengths: tuple[int, ...], outs: tuple[Spec, ...], constants: tuple) -> Plan:
     constants, n = dict(constants), len(lengths)
     grid = outs[0].shape[0] * constants["HEADS"] * sum(cdiv(L, constants["REACH"]) for L in lengths)
@@ -596,7 +595,7 @@ def hopper_backward(run, a, o, do, lse, dlse, gradients, wide: bool, static):
     return summed if wide else tuple(run(round_plan(lengths(a), dq), *summed)), dk, dv
 
 
-@cache
+@remembered
 def round_plan(lengths: tuple[int, ...], outs: tuple[Spec, ...]) -> Plan:
     B, _, H, d = outs[0].shape
     size = 4096
