@@ -15,7 +15,6 @@ from mmattn.op import Spec
 
 f32 = lambda *shape: Spec(shape, "float32")
 f16 = lambda *shape: Spec(shape, "float16")
-f64 = lambda *shape: Spec(shape, "float64")
 i32 = lambda *shape: Spec(shape, "int32")
 flags = lambda *shape: Spec(shape, "bool")
 
@@ -127,9 +126,9 @@ REFUSED = [
     (UNROTATED, dict(k=(None,)), "k[0] is None; expected an array"),
     # dtypes
     (NORMS, dict(x=i32(B, L, D)), "x has dtype int32; expected float32, bfloat16, float16 or float64"),
-    (ADALN, dict(scale=f64(B, D)), "scale has dtype float64; expected float32, bfloat16, float16 beside x in float32"),
+    (ADALN, dict(scale=i32(B, D)), "scale has dtype int32; expected float32, bfloat16, float16 or float64"),
     (ADALN, dict(scale=f32(3, D), rows=f32(B, L)), "rows has dtype float32; expected int32"),
-    (GATED, dict(h=f64(B, L, D)), "h has dtype float64; expected float32, bfloat16, float16 beside residual in float32"),
+    (GATED, dict(h=i32(B, L, D)), "h has dtype int32; expected float32, bfloat16, float16 or float64"),
     (ROPE, dict(cos=f16(6, 4), sin=f16(6, 4)), "cos has dtype float16; expected the table's dtype, float32"),
     (ROPE, dict(start_pos=f32(B)), "start_pos has dtype float32; expected int32"),
     (SOFTMAX, dict(attn_mask=i32(B, L, L)), "attn_mask has dtype int32; expected bool, True = attend. Compare it first"),

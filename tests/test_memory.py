@@ -157,7 +157,7 @@ def test_new_lengths_in_jax(name, grown):
 
     def call(length: int):
         shapes, how = CALLS[name](length)
-        checked = ops.checked(name, [made(shape, "float32") for shape in shapes], how)
+        checked = ops.checked(name, [made(shape, "float32") for shape in shapes], how, ops.SHAPED)
         arrays, layout = flatten(checked.op, checked.operands)
         specs, extras = checked.op.infer(SimpleNamespace(**checked.operands), **dict(checked.static))
         form = _bind.Form(name, layout, checked.static, len(specs), len(extras))
