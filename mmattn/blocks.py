@@ -218,7 +218,7 @@ def advanced(ops, m, streams, y, attn_mask, start_pos, x_mask, context_mask):
     _, masks = checked_streams(name, m, x, context, x_mask, context_mask, m.use_cross_attn)
     check_inputs(name, m, x, y, context)
     layers, attn = ((m, m.context_layers), m.cross_attn) if m.use_cross_attn else ((m,), m.attn)
-    modulations = [modulation(ops, layer, y, x) for layer in layers]
+    modulations = [modulation(ops, layer, y) for layer in layers]
 
     streams = [Unadded(silent(ops, s.x, mask)) if s.h is None else s for s, mask in zip(streams, masks, strict=True)]
     first = [add_norm(ops, *s, layer.ln_1, rows) for s, layer, (rows, _) in zip(streams, layers, modulations, strict=True)]
@@ -237,18 +237,13 @@ def finished(ops, streams, masks):
     return [silent(ops, add(ops, *s), mask) for s, mask in zip(streams, masks, strict=False)]
 
 
-def modulation(ops, layers, y, x):
+def modulation(ops, layers, y):
     """(scale, shift, gate) of the attention and of the MLP; None and None without conditioning. A context that is left as it is
     has scale and shift of the attention only."""
     if y is None:
         return None, None
-    rows = ops.rows(fitting(layers.adaLN_modulation(y), x), 2 if layers.pre_only else 6)
+    rows = ops.rows(layers.adaLN_modulation(y), 2 if layers.pre_only else 6)
     return rows[:3], rows[3:]
-
-
-def fitting(v, x):
-    """A vector that acts on x, in float32 or x's dtype: a bfloat16 layer may stand beside float32 tokens, under autocast."""
-    return v if dtype_name(v) == "float32" else cast(v, dtype_name(x))
 
 
 def gate_of(rows):
@@ -258,9 +253,9 @@ def gate_of(rows):
 def add_norm(ops, x, h, gate, layer_norm, rows, post=None):
     """x + gate * h and its norm, modulated by `rows` or with weights of its own; post is the RMSNorm of h, if it has one."""
     if h is not None and gate is not None and rows is not None:
-        h_weight = None if post is None else fitting(ops.vector(post.weight), x)
+        h_weight = None if post is None else ops.vector(post.weight)
         norm = dict(eps=LAYER_NORM_EPS, h_weight=h_weight, h_eps=RMS_NORM_EPS)
-        return ops.gated_residual_norm_adaln(x, cast(h, dtype_name(x)), gate, *rows[:2], **norm)
+        return ops.gated_residual_norm_adaln(x, h, gate, *rows[:2], **norm)
     x = add(ops, x, h if post is None else post(h), gate)
     return x, layer_norm(x) if rows is None else ops.layernorm_adaln(x, *rows[:2], eps=LAYER_NORM_EPS)
 
@@ -269,8 +264,7 @@ def add(ops, x, h, gate):
     """x plus a branch, if there is one, in x's dtype."""
     if h is None:
         return x
-    h = cast(h, dtype_name(x))
-    return x + h if gate is None else ops.gated_residual(x, h, gate)
+    return cast(x + h, dtype_name(x)) if gate is None else ops.gated_residual(x, h, gate)
 
 
 def silent(ops, x, mask):

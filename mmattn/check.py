@@ -71,11 +71,14 @@ def boolean(op: str, name: str, x, integers: bool = False) -> None:
         )
 
 
-def vector_dtype(op: str, name: str, v, like: str, like_name: str) -> None:
-    """Vectors are float32 or in the dtype of the array that they act on."""
-    dtype = floating(op, name, v)
-    if dtype not in ("float32", like):
-        raise TypeError(f"{op}: {name} has dtype {dtype}; expected float32 or {like_name}'s dtype, {like}. Cast {name}.")
+def beside(op: str, name: str, x, like: str, like_name: str) -> None:
+    """What acts on an array of dtype `like` has any dtype of the kernels, whatever `like` is, and float64 beside float64."""
+    dtype = floating(op, name, x)
+    if dtype == "float64" != like:
+        raise TypeError(
+            f"{op}: {name} has dtype float64; expected {', '.join(FLOATS)} beside {like_name} in {like}. "
+            f"Cast {name}, or {like_name} to float64."
+        )
 
 
 def countable(op: str, name: str, x) -> None:

@@ -418,14 +418,14 @@ def gated_residual_norm_adaln(
 ) -> Call:  # fmt: skip
     """r = residual + gate * h and y = norm(r) * (1 + scale) + shift, as one launch. Returns (r, y).
 
-    residual, h  (B, L, D), one dtype: float32, bfloat16 or float16; D a multiple of 8. float64 takes the reference path.
-    gate         (B, D) or (B, 1, D), float32 or residual's dtype. A strided view is read in place.
+    residual, h  (B, L, D) float32, bfloat16 or float16, each its own; D a multiple of 8. float64 takes the reference path.
+    gate         (B, D) or (B, 1, D), any of these dtypes. A strided view is read in place.
     scale, shift likewise; each may be absent, which means 0.
     center       LayerNorm, else RMSNorm; eps is added to its variance.
-    h_weight     (D,) float32 or residual's dtype: h is RMS-normalised first, h * rsqrt(mean(h^2) + h_eps) * h_weight.
+    h_weight     (D,), any of these dtypes: h is RMS-normalised first, h * rsqrt(mean(h^2) + h_eps) * h_weight.
     gate_fn      "identity", or "tanh": tanh(gate) is the gate.
-    returns      r, y (B, L, D) in residual's dtype; float32 arithmetic, each rounded once. The norm is that of the rounded r,
-                 so y is layernorm_adaln(r, scale, shift), or rmsnorm_adaln, but for the order of float32 sums.
+    returns      r, y (B, L, D) in residual's dtype (docs/dtypes.md); float32 arithmetic, each rounded once. The norm is that of
+                 the rounded r, so y is layernorm_adaln(r, scale, shift), or rmsnorm_adaln, but for the order of float32 sums.
 
     Saved for the backward: residual, h and the vectors. Raises ValueError or TypeError that names the argument.
     adaLN-Zero: Peebles & Xie 2023, arXiv:2212.09748. Post-norm with a tanh gate: Lumina-Image 2.0, arXiv:2503.21758.
@@ -437,18 +437,18 @@ def gated_residual_norm_adaln(
     check.countable(op, "residual", residual)
     check.width(op, "the width of residual", D)
     check.shape(op, "h", h, ("B, L, D", (B, L, D)), remedy="h and residual are added, they have one shape.")
-    check.same_dtype(op, "h", h, dtype, "residual")
+    check.beside(op, "h", h, dtype, "residual")
     check.flag(op, "center", center)
     check.choice(op, "gate_fn", gate_fn, ("identity", "tanh"))
     operands, packed = dict(residual=residual, h=h, h_weight=h_weight), {}
     for name, v in (("gate", gate), ("scale", scale), ("shift", shift)):
         if v is not None or name == "gate":
             check.shape(op, name, v, ("B, D", (B, D)), ("B, 1, D", (B, 1, D)), remedy=f"Give one {name} row per sample.")
-            check.vector_dtype(op, name, v, dtype, "residual")
+            check.beside(op, name, v, dtype, "residual")
         operands[name] = v.array if isinstance(v, Row) else v
         packed[f"{name}_row"] = v.index if isinstance(v, Row) else None
     if h_weight is not None:
         check.shape(op, "h_weight", h_weight, ("D", (D,)), remedy="Give one weight that all tokens share.")
-        check.vector_dtype(op, "h_weight", h_weight, dtype, "residual")
+        check.beside(op, "h_weight", h_weight, dtype, "residual")
     static = dict(center=center, eps=check.eps(op, eps), h_eps=check.eps(op, h_eps, "h_eps"), gate_fn=gate_fn, **packed)
     return Call(gated_residual_norm_adaln_op, operands, tuple(static.items()), lambda outs: (outs[0], outs[1]))

@@ -16,10 +16,10 @@ from functools import cache
 
 from . import check
 from ._triton import tl, triton
-from .attention.joint import joint_operands, mask_operands, silenced, split_streams
+from .attention.joint import joined, joint_operands, mask_operands, split_streams
 from .attention.plans import key_mask_inputs
 from .attention.tokens import kept, load_tokens, stream_of
-from .op import Call, Op, Plan, Spec, cast, cdiv, next_power_of_2, row_stride, spec, wide
+from .op import Call, Op, Plan, Spec, cast, cdiv, next_power_of_2, row_stride, spec
 from .streams import integers, over_streams
 
 
@@ -75,7 +75,10 @@ def linear_attention_state_body(
             v = load_tokens(v_ptrs[t] + head * WIDTH, batch, token, LENGTHS[t], V_STRIDES_[t], cols, WIDTH, keep, False)
             k = load_tokens(k_ptrs[t] + head * WIDTH, batch, token, LENGTHS[t], K_STRIDES_[t], cols, WIDTH, keep, False)
             k = relu(k).to(k.dtype)  # [TOKENS, COLS]
-            state = tl.dot(tl.trans(k), v.to(k.dtype), state, input_precision=PRECISION)  # k is as wide as v, or wider
+            if k.dtype != v.dtype:  # no 16-bit dtype holds all values of another
+                k = k.to(tl.float32)
+                v = v.to(tl.float32)
+            state = tl.dot(tl.trans(k), v, state, input_precision=PRECISION)
             norm += tl.sum(k.to(tl.float32), 0)
     store_state(state_ptr, norm_ptr, tl.program_id(0).to(tl.int64), state, norm, WIDTH, COLS)
 
@@ -259,7 +262,7 @@ class Launches:
         self.a, self.n = a, len(a.q)
         self.B, _, self.H, self.d = a.q[0].shape
         # The state is float32. Its 11 bits in tf32 do for bfloat16's 8; float16 has 11 itself, and takes three tf32 products.
-        low = {spec(a.q[0]).dtype, spec(a.k[0]).dtype}
+        low = {spec(x[0]).dtype for x in (a.q, a.k, a.v)}
         self.precision = precision if "float32" in low else "tf32" if low == {"bfloat16"} else "tf32x3"
         self.eps = eps
 
@@ -301,9 +304,7 @@ def backward(run, a, outs, extras, douts, *, eps, precision):
 
 def reference(xp, a, *, eps, precision):
     lengths = [x.shape[1] for x in a.q]
-    q, k, v = (
-        xp.concatenate([silenced(xp, wide(x), m) for x, m in zip(xs, a.key_masks, strict=True)], axis=1) for xs in (a.q, a.k, a.v)
-    )
+    q, k, v = joined(xp, a.q, a.k, a.v, a.key_masks)
     q, k = (xp.where(x > 0, x, xp.zeros_like(x)) for x in (q, k))
     den = xp.einsum("bihc,bhc->bih", q, xp.sum(k, axis=1)) + eps
     o = xp.einsum("bihc,bhcd->bihd", q, xp.einsum("bjhc,bjhd->bhcd", k, v)) / den[..., None]
@@ -326,12 +327,12 @@ relu_linear_attention_op = Op(
 def relu_linear_attention(q, k, v, *, key_masks=None, eps: float = 1e-6, precision: str = "ieee") -> Call:
     """o_i = relu(q_i) S / (relu(q_i) . z + eps),  S = sum_j relu(k_j)^T v_j,  z = sum_j relu(k_j), j over all streams.
 
-    q, k, v    (B, L_s, H, d) per stream, one dtype of float32, bfloat16, float16, or q and k in float32; d a multiple of 8,
-               8 to 128. A single array is one stream.
+    q, k, v    (B, L_s, H, d) per stream, float32, bfloat16 or float16, each its own; d a multiple of 8, 8 to 128. A single array
+               is one stream.
     key_masks  per stream (B, L_s) bool or None, True = a real token. A masked token is silent both ways, as in
                joint_attention.
     eps        added to the denominator, which is 0 for a query without a positive element.
-    returns    (B, L_s, H, d) per stream in v's dtype; the state is float32.
+    returns    (B, L_s, H, d) per stream in v's dtype (docs/dtypes.md); the state is float32.
 
     Linear in the number of tokens. Katharopoulos et al. 2020, arXiv:2006.16236; Cai et al. 2022, arXiv:2205.14756.
     """

@@ -220,6 +220,11 @@ def wide(x):
     return x if dtype_name(x) in ("float32", "float64") else cast(x, "float32")
 
 
+def widest(*arrays) -> str:
+    """The dtype that a formula takes arrays in together: at least float32."""
+    return "float64" if any(dtype_name(x) == "float64" for x in arrays) else "float32"
+
+
 def cast(x, dtype: str):
     if dtype_name(x) == dtype:
         return x

@@ -627,7 +627,7 @@ def norm_operands(op: str, qkv, q_weight, k_weight, over, eps, cos, sin, start_p
         width = H * d if over == "width" else d
         for w_name, w in ((f"q_weight[{i}]", q_weight[i]), (f"k_weight[{i}]", k_weight[i])):
             check.shape(op, w_name, w, ("W", (width,)), remedy=f'over="{over}" normalises {width} elements together.')
-            check.vector_dtype(op, w_name, w, dtype, "qkv")
+            check.beside(op, w_name, w, dtype, "qkv")
         check_tables(op, f"cos[{i}]", cos[i], f"sin[{i}]", sin[i], x.shape)
     if start_pos is not None:
         check.shape(op, "start_pos", start_pos, ("B", (streams[0].shape[0],)), remedy="Give one start position per sample.")
@@ -645,8 +645,8 @@ def qk_norm_rope(
 ) -> Call:  # fmt: skip
     """q, k = RoPE(RMSNorm(q) * q_weight), RoPE(RMSNorm(k) * k_weight) for each stream of packed projections.
 
-    qkv        (B, L_s, 3, H, d) per stream, float32, bfloat16 or float16; d a multiple of 8, 8 to 128.
-    q_weight   (H * d,) per stream for over="width", (d,) for over="head"; float32 or qkv's dtype. k_weight likewise.
+    qkv        (B, L_s, 3, H, d) per stream, all float32, bfloat16 or float16; d a multiple of 8, 8 to 128.
+    q_weight   (H * d,) per stream for over="width", (d,) for over="head"; any of these dtypes. k_weight likewise.
     over       "width" normalises all heads together, before the head split; "head" each head by itself.
     eps        added to the mean square; the default is what torch.nn.RMSNorm(eps=None) means.
     cos, sin   (S, d/2), or (B, S, d/2) for a table per sample, float32, per stream: row p holds the angles of position p; None
@@ -655,7 +655,7 @@ def qk_norm_rope(
     start_pos  (B,) int32: position of each sample's first token, 0 where absent. Positions beyond the table raise where they
                can be seen, in CPU values, and are clamped to it where they cannot, on a device or under trace.
     layout     pairs are elements (2i, 2i + 1) of a head ("interleaved") or (i, i + r) ("half"), r the columns of the table.
-    returns    (q, k), each a tuple over streams of (B, L_s, H, d) in qkv's dtype, or an array where qkv is one.
+    returns    (q, k), each a tuple over streams of (B, L_s, H, d) in qkv's dtype (docs/dtypes.md), or an array where qkv is one.
 
     A single array is one stream. float32 arithmetic, rounded once. Raises ValueError or TypeError that names the argument.
     QK-norm: Henry et al. 2020, arXiv:2010.04245. RoPE: Su et al. 2021, arXiv:2104.09864. Mind that half-split and

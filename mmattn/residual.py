@@ -143,9 +143,9 @@ gated_residual_op = Op(
 def gated_residual(residual, h, gate) -> Call:
     """residual + gate * h.
 
-    residual, h  (B, L, D), one dtype: float32, bfloat16 or float16; D a multiple of 8. float64 takes the reference path.
-    gate         (B, D) or (B, 1, D), float32 or residual's dtype. A strided view is read in place.
-    returns      (B, L, D) in residual's dtype; float32 arithmetic, rounded once.
+    residual, h  (B, L, D) float32, bfloat16 or float16, each its own; D a multiple of 8. float64 takes the reference path.
+    gate         (B, D) or (B, 1, D), any of these dtypes. A strided view is read in place.
+    returns      (B, L, D) in residual's dtype (docs/dtypes.md); float32 arithmetic, rounded once.
 
     The gate of adaLN-Zero: Peebles & Xie 2023, arXiv:2212.09748, sec. 3.2.
     """
@@ -156,9 +156,9 @@ def gated_residual(residual, h, gate) -> Call:
     check.countable(op, "residual", residual)
     check.width(op, "the width of residual", D)
     check.shape(op, "h", h, ("B, L, D", (B, L, D)), remedy="h and residual are added, they have one shape.")
-    check.same_dtype(op, "h", h, dtype, "residual")
+    check.beside(op, "h", h, dtype, "residual")
     check.shape(op, "gate", gate, ("B, D", (B, D)), ("B, 1, D", (B, 1, D)), remedy="Give one gate row per sample of residual.")
-    check.vector_dtype(op, "gate", gate, dtype, "residual")
+    check.beside(op, "gate", gate, dtype, "residual")
     packed = isinstance(gate, Row)
     operands = dict(residual=residual, h=h, gate=gate.array if packed else gate)
     return Call(gated_residual_op, operands, (("gate_row", gate.index if packed else None),), lambda outs: outs[0])

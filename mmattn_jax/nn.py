@@ -26,10 +26,6 @@ def _rows(v: jax.Array, n: int) -> tuple[Row, ...]:
     return tuple(Row(packed, i) for i in range(n))
 
 
-def _vector(weight: nnx.Param) -> jax.Array:
-    return weight[...].astype(jnp.promote_types(weight.dtype, jnp.float32))
-
-
 def _per_sample(start_pos, x: jax.Array) -> jax.Array:
     start_pos = jnp.asarray(start_pos, jnp.int32 if isinstance(start_pos, int) else None)
     return jnp.broadcast_to(start_pos, (x.shape[0],))
@@ -55,7 +51,7 @@ ops = SimpleNamespace(
     relu_linear_attention=_ops.relu_linear_attention,
     rows=_rows,
     angles=_angles,
-    vector=_vector,
+    vector=lambda weight: weight[...],
     untouched=_untouched,
     xp=jnp,
     where=jnp.where,
@@ -93,7 +89,7 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((width,), param_dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return _ops.layer_norm(x, _vector(self.weight), _vector(self.bias), eps=blocks.LAYER_NORM_EPS)
+        return _ops.layer_norm(x, self.weight[...], self.bias[...], eps=blocks.LAYER_NORM_EPS)
 
 
 class RMSNorm(nnx.Module):
@@ -101,7 +97,7 @@ class RMSNorm(nnx.Module):
         self.weight = nnx.Param(jnp.ones((width,), param_dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return _ops.rms_norm(x, _vector(self.weight), eps=blocks.RMS_NORM_EPS)
+        return _ops.rms_norm(x, self.weight[...], eps=blocks.RMS_NORM_EPS)
 
 
 class _Attention(nnx.Module):

@@ -42,11 +42,15 @@ def vector(v):
     return v.array[:, v.index] if isinstance(v, Row) else v
 
 
+AUTOCAST = dict.fromkeys(("joint_attention", "relu_linear_attention"), ("q", "k", "v")) | dict(qk_norm_rope_attention=("qkv",))
+"""The first arguments of some operations, which are taken in autocast's dtype."""
+
+
 def autocast(x):
-    """float32 tensors in autocast's dtype where it is on, as scaled_dot_product_attention takes its arguments."""
+    """x in autocast's dtype where it is on, float64 as it is, as scaled_dot_product_attention takes its arguments."""
     if isinstance(x, tuple | list):
         return tuple(map(autocast, x))
-    if not isinstance(x, Tensor) or x.dtype != torch.float32:
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
         return x
     dtype = _bind.autocast_dtype(x.device)
     return x if dtype is None else x.to(dtype)
@@ -278,5 +282,8 @@ def explain(op: str | Callable, *args: Any, device: torch.device | str | None = 
     requested = kwargs.pop("implementation", None)
     if kwargs.get("start_pos") is not None:
         kwargs["start_extent"] = extent(kwargs["start_pos"])
+    taken = AUTOCAST.get(name, ())
+    args = (*map(autocast, args[: len(taken)]), *args[len(taken) :])
+    kwargs |= {key: autocast(kwargs[key]) for key in taken if key in kwargs}
     call = _bind.checked(CORE[name], args, kwargs)
     return _bind.explain(call, requested, None if device is None else torch.device(device))

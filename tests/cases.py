@@ -183,6 +183,7 @@ def adaln_cases():
     yield Case("layer_norm", "empty-batch", x(0, 5, 48) | shared(48, "weight", "bias"))
     yield Case("rms_norm", "weight-37x96", x(2, 37, 96) | shared(96, "weight"))
     yield Case("rms_norm", "float32-weight", x(2, 37, 48) | shared(48, "weight", dtype="float32"))
+    yield Case("layer_norm", "bfloat16-weights", x(2, 37, 48) | shared(48, "weight", "bias", dtype="bfloat16"))
     yield from modulation_cases()
     for B, L, D in ((3, 333, 768), (2, 186, 1536), (1, 4100, 3072), (64, 3, 128), (1, 2, 16384)):
         yield Case("layernorm_adaln", f"{B}x{L}x{D}", x(B, L, D) | sample(B, D, "scale", "shift"), **LARGE)
@@ -230,6 +231,14 @@ def modulation_cases():
     yield Case("rmsnorm_adaln", "before-weight", everything, dict(cast="before_weight", eps=1e-5))
     yield Case("layernorm_adaln", "no-cast", everything, dict(cast="none"))
     yield Case("rmsnorm_adaln", "zero-centered", everything, dict(zero_centered=True))
+    # Vectors in every dtype beside an x in every dtype: the float32 stream of 16-bit layers, and the reverse.
+    for dtype in FLOATS[1:]:
+        packed = dict(scale=Packed((2, 6, 48), 1, dtype=dtype), shift=Packed((2, 6, 48), 0, dtype=dtype))
+        yield Case("layernorm_adaln", f"{dtype}-vectors", x(2, 37, 48) | packed | affine(48, dtype=dtype) | base(48, dtype=dtype))
+    own = dict(scale=Normal((2, 37, 48), dtype="bfloat16"), shift=Normal((2, 37, 48), dtype="float16"))
+    yield Case("layernorm_adaln", "per-token-each-its-own", x(2, 37, 48) | own | affine(48, dtype="float32"))
+    own = dict(scale=Normal((3, 48), dtype="float16"), shift=Normal((3, 48), dtype="bfloat16"))
+    yield Case("rmsnorm_adaln", "rows-each-its-own", x(2, 37, 48) | own | picks(2, 37, 3) | base(48, dtype="float32"))
     for B, L, D in ((3, 333, 768), (64, 186, 128)):
         yield Case("layernorm_adaln", f"per-token-{B}x{L}x{D}", x(B, L, D) | both(B, L, D) | affine(D), **LARGE)
         yield Case("layernorm_adaln", f"rows-{B}x{L}x{D}", x(B, L, D) | both(4, D) | picks(B, L, 4) | base(D), **LARGE)
@@ -240,6 +249,9 @@ def gated_residual_cases():
     yield Case("gated_residual", "37x48", both(2, 37, 48) | sample(2, 48, "gate"))
     yield Case("gated_residual", "one-token", both(1, 1, 96) | dict(gate=Normal((1, 1, 96))))
     yield Case("gated_residual", "float32-gate", both(2, 37, 48) | sample(2, 48, "gate", dtype="float32"))
+    for dtype, gate in zip(FLOATS, FLOATS[1:] + FLOATS, strict=False):
+        h = dict(h=Normal((2, 37, 48), dtype=dtype))
+        yield Case("gated_residual", f"{dtype}-branch", both(2, 37, 48) | h | sample(2, 48, "gate", dtype=gate))
     yield Case("gated_residual", "packed", both(2, 37, 128) | dict(gate=Packed((2, 6, 128), 5)))
     yield Case("gated_residual", "chunk", both(2, 37, 48) | dict(gate=Chunk((2, 6 * 48), 96, 48)))
     yield Case("gated_residual", "empty-batch", both(0, 37, 48) | sample(0, 48, "gate"))
@@ -264,6 +276,12 @@ def gated_residual_norm_adaln_cases():
     yield case("one-token", 1, 1, 8, "shift", weight=True)
     rows = {name: Normal((2, 1, 48), dtype="float32") for name in ("gate", "scale", "shift")}
     yield case("float32-vectors", 2, 37, 48, operands=rows, gate_fn="tanh")
+    for dtype in FLOATS[:2]:
+        branch = sample(2, 48, "gate", "scale", "shift", dtype=dtype) | dict(h=Normal((2, 37, 48), dtype=dtype))
+        yield case(f"{dtype}-branch", 2, 37, 48, operands=branch)
+        yield case(f"{dtype}-branch-post-norm", 2, 37, 48, operands=branch | shared(48, "h_weight", dtype=dtype), gate_fn="tanh")
+    own = {name: Normal((2, 48), dtype=dtype) for name, dtype in zip(("gate", "scale", "shift"), FLOATS, strict=True)}
+    yield case("each-its-own", 2, 37, 48, operands=own | dict(h=Normal((2, 37, 48), dtype="bfloat16")))
     packed = {name: Packed((2, 6, 48), i) for i, name in enumerate(("scale", "shift", "gate"))}
     yield case("packed", 2, 37, 48, operands=packed)
     chunks = {name: Chunk((2, 6 * 48), 48 * i, 48) for i, name in enumerate(("scale", "shift", "gate"))}
@@ -303,7 +321,11 @@ def qk_norm_rope_cases():
     }
     yield case("table-of-samples", 3, 2, 24, 37, 5, over="head", start=int32(0, 3, 1), extra=own(3))
     yield case("table-of-no-samples", 0, 2, 24, 37, 5, over="head", extra=own(0))
-    yield case("float32-weights", 2, 2, 24, 37, **dict(over="width", rotated=(True,)), how=dict(dtype="float32"))
+    for dtype in FLOATS:
+        yield case(f"{dtype}-weights", 2, 2, 24, 37, **dict(over="width", rotated=(True,)), how=dict(dtype=dtype))
+    weights = Normal((24,), dtype="bfloat16"), Normal((24,), dtype="float32")
+    own = dict(q_weight=weights, k_weight=weights[::-1])
+    yield case("weights-each-its-own", 2, 2, 24, 37, 5, over="head", extra=own)
     yield case("empty-batch", 0, 2, 24, 37, over="width")
     yield case("production", 1, 18, 64, 40, over="width", rotated=(True,), row=PRODUCTION)
     for over, layout in (("width", "interleaved"), ("head", "half")):
@@ -360,7 +382,10 @@ def joint_attention_cases():
     everything = heads(2, 1, 16, 37, 20, real=((37, 20), (1, 17))) | key_masks((37, 20), ((37, 20), (1, 17))) | mask(2, 37)
     yield case("everything", everything, dict(return_lse=True, causal=True, scale=0.3))
     yield case("lse", heads(2, 2, 32, 70), dict(return_lse=True))
-    yield case("float32-qk", heads(2, 2, 16, 37, 5, qk=dict(dtype="float32")))
+    for dtype in FLOATS:
+        yield case(f"{dtype}-qk", heads(2, 2, 16, 37, 5, qk=dict(dtype=dtype)))
+    own = dict(q=(Normal((1, 37, 2, 32), dtype="float32"),), k=(Normal((1, 37, 2, 32), dtype="float16"),))
+    yield case("each-its-own", heads(1, 2, 32, 37) | own, dict(return_lse=True, causal=True))
     yield case("negative-scale", heads(1, 2, 16, 37), dict(scale=-0.3))
     huge = heads(1, 1, 32, 70, 37)
     yield case("huge-logits", huge | dict(k=tuple(leaf._replace(mean=60.0) for leaf in huge["k"])))
@@ -443,6 +468,8 @@ def qk_norm_rope_attention_cases():
     halves = dict(dtypes=("bfloat16", "float16"))  # which know a softmax without a shift
     yield case("large-gains", 2, 2, 16, 37, 5, over="head", extra=large, row=halves)
     yield case("width-80", 1, 2, 80, 37, 5, over="head", rotated=(True, False))
+    own = {name: (Normal((24,), dtype="float32"), Normal((24,), dtype="bfloat16")) for name in ("q_weight", "k_weight")}
+    yield case("weights-each-its-own", 2, 2, 24, 37, 5, over="head", extra=own)
     yield case("empty-batch", 0, 2, 24, 37, over="width")
     yield case("production", 1, 4, 32, 186, 20, **seed | dict(positions=186), row=PRODUCTION)
     yield case("sd3", 2, 24, 64, 1024, 154, over="head", row=LARGE)
@@ -457,7 +484,8 @@ def relu_linear_attention_cases():
     yield case("130-width-64", heads(1, 2, 64, 130, **away))
     yield case("three-streams", heads(1, 1, 24, 1, 70, 20, **away))
     yield case("width-128", heads(1, 1, 128, 70, **away))
-    yield case("float32-qk", heads(2, 2, 16, 37, qk=dict(dtype="float32"), **away))
+    for dtype in FLOATS:
+        yield case(f"{dtype}-qk", heads(2, 2, 16, 37, qk=dict(dtype=dtype), **away))
     real = ((37, 20), (1, 65))
     yield case("key-masks", heads(2, 2, 16, 37, 70, real=real, **away) | key_masks((37, 70), real))
     yield case("empty-batch", heads(0, 2, 16, 37, **away))

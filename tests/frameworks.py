@@ -198,7 +198,7 @@ class Jax:
             return outs | {f"d{name}": grad for name, grad in grads.items()}
 
         arrays = {name: self.put(x, dtypes[name]) for name, x in arrays.items()}
-        widest = max((dtypes[name] for name in wanted), key=lambda name: np.dtype(numpy_dtype(name)).itemsize)
+        widest = "float64" if "float64" in dtypes.values() else "float32"  # no 16-bit dtype holds all values of another
         results = outs_and_grads(arrays, {name: self.put(x, widest) for name, x in douts.items()})
         return Result({name: self.get(x) for name, x in results.items()}, {name: dtype_name(x) for name, x in results.items()})
 
@@ -268,6 +268,16 @@ def formula_in(case: Case, dtype: str, precision: str, rounded_dots: bool = Fals
     return framework_of(INSTALLED[0]).formula(case, operands(case, dtype), cotangents(case, dtype), dtypes, dot)
 
 
+def promised_dtypes(case: Case, dtype: str) -> dict[str, str]:
+    """Of results what the op's infer says, of gradients what their operands have."""
+    dtypes = {name: leaf.dtype or dtype for name, leaf in walk(case.operands)}
+    arrays = {name: np.broadcast_to(np.empty((), numpy_dtype(dtypes[name])), leaf.shape) for name, leaf in walk(case.operands)}
+    call = getattr(mmattn, case.call)(**fill(case.operands, arrays), **case.static)
+    outs, _ = call.op.infer(SimpleNamespace(**call.operands), **dict(call.static))
+    grads = {f"d{name}": dtypes[name] for name, leaf in walk(case.operands) if leaf.differentiable}
+    return dict(walk(call.result(tuple(out.dtype for out in outs)), "out")) | grads
+
+
 def distance(x: np.ndarray, exact: np.ndarray, norm) -> float:
     """Relative distance where exact is finite; elsewhere the two must be equal."""
     finite = np.isfinite(exact)
@@ -303,8 +313,8 @@ def judge(case: Case, dtype: str, result: Result) -> Iterator[Judged]:
 
     Softmax attention's formula takes dots of rounded operands, and P is rounded, as for tensor cores. There the largest
     error of outputs and token gradients is looked at too, relative to the largest value. The gains' gradients are the norm's,
-    a few dozen sums over all tokens, and are judged as the norm's own are. Where the op rounds what it goes on with, every
-    result is as fine as dtype, whatever dtype it has.
+    a few dozen sums over all tokens, and are judged as the norm's own are. Where the op rounds what it goes on with, no
+    result is finer than dtype, whatever dtype it has.
 
     A log-sum-exp of rounded P may be off by half an ulp of it, and is where one key outweighs the others: the formula, which
     shifts a row so that its largest P is 1, rounds that one by nothing.
@@ -312,9 +322,12 @@ def judge(case: Case, dtype: str, result: Result) -> Iterator[Judged]:
     shared = {f"d{name}" for name in shared_names(case)}
     exact, plain = formula_in(case, dtype, "float64"), formula_in(case, dtype, "float32", case.call in SOFTMAX)
     assert result.values.keys() == exact.values.keys()
+    assert result.dtypes == promised_dtypes(case, dtype)
     for name, x in result.values.items():
         assert x.shape == exact.values[name].shape, name
-        kind = dtype if case.call in ROUNDS_WITHIN else result.dtypes[name]
+        kind = result.dtypes[name]
+        if case.call in ROUNDS_WITHIN:
+            kind = max(kind, dtype, key=EPS.get)
         for norm_name in ("l2", "max") if case.call in SOFTMAX and name not in shared else ("l2",):
             norm = NORMS[norm_name]
             error = distance(x, exact.values[name], norm)

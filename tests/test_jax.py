@@ -75,6 +75,11 @@ def gated_norm(x, h, gate, scale, shift, weight, **how):
     return mmattn_jax.gated_residual_norm_adaln(x, h, gate, scale, shift, h_weight=weight, **how)
 
 
+def mixed(x, h, gate, scale, shift, weight, **how):
+    """A float32 residual stream, and what layers of other dtypes make for it."""
+    return gated_norm(x, h, gate, scale, shift, weight, **how)
+
+
 def table(x, scale, shift, base, **how):
     rows = np.arange(len(x) * x.shape[1], dtype="i4").reshape(x.shape[:2]) % 3
     return mmattn_jax.rmsnorm_adaln(x, scale, shift, rows=rows, scale_base=base, weight=base, **how)
@@ -103,6 +108,11 @@ EXAMPLES = {
     norm: (randn(B, L, D), randn(D), randn(D, seed=1)),
     residual: (randn(B, L, D), randn(B, L, D, seed=1), randn(B, D)),
     gated_norm: (randn(B, L, D), randn(B, L, D, seed=1), *(randn(B, D, seed=i) for i in range(3)), randn(D)),
+    mixed: (
+        randn(B, L, D),
+        *(randn(*n, seed=1).astype(jnp.bfloat16) for n in ((B, L, D), *[(B, D)] * 3)),
+        randn(D).astype(jnp.float16),
+    ),
     table: (randn(B, L, D), randn(3, D), randn(3, D, seed=1), randn(D)),
     rotated: (packed(L), randn(D), randn(D, seed=1)),
     attention: (heads(L), heads(L, 1), heads(L, 2), heads(C)),
@@ -139,9 +149,10 @@ def same(got, want, tolerance=2e-5):
     assert len(got) == len(want)
     for a, b in zip(got, want, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
-        a, b = np.asarray(a), np.asarray(b)
+        least = max(tolerance, 2 * float(jnp.finfo(a.dtype).eps))
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         size = np.abs(b, where=np.isfinite(b), out=np.zeros_like(b)).max(initial=1)
-        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * size)
+        np.testing.assert_allclose(a, b, rtol=least, atol=least * size)
 
 
 def binds(function, *arrays) -> Counter:

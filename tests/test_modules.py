@@ -518,6 +518,17 @@ def test_torch_autocast():
     assert out.x_out.dtype == torch.float32
 
 
+@needs_jax
+@pytest.mark.parametrize("conditioning", [True, False])
+@pytest.mark.parametrize("stream, layers", [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_flax_residual_stream_keeps_its_dtype(stream, layers, conditioning):
+    dtypes = dict(dtype=getattr(jnp, layers), param_dtype=jnp.float16)
+    options = dict(dim_feedforward=HIDDEN, dropout=0.0, conditioning=conditioning) | dtypes
+    module = mmattn_jax.nn.GPT2Stack(2, D, HEADS, **options, rngs=nnx.Rngs(0))
+    x, y = (jax.ShapeDtypeStruct(shape, getattr(jnp, stream)) for shape in ((B, L, D), (B, D)))
+    assert jax.eval_shape(lambda *a: module(*a).x_out, *((x, y) if conditioning else (x,))).dtype == stream
+
+
 @needs_torch
 @pytest.mark.parametrize("shape", [(3, 700), (2100,), (0, 5)], ids=str)
 def test_torch_linear(shape):

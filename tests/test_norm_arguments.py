@@ -18,7 +18,7 @@ NORM_ERRORS = {
     "shift has shape (3, 48); expected (B, D) = (2, 48) or (B, 1, D) = (2, 1, 48) or (B, L, D) = (2, 7, 48) or (D) = (48,)": dict(
         shift=f32(3, D)
     ),
-    "scale has dtype float16; expected float32 or x's dtype": dict(scale=Spec((B, D), "float16")),
+    "scale has dtype float64; expected float32, bfloat16, float16 beside x in float32": dict(scale=Spec((B, D), "float64")),
     "scale_base has shape (2, 48); expected (D) = (48,)": dict(scale_base=V),
     "scale has shape (48,) and scale_base was given": dict(scale=ROW, scale_base=ROW),
     "rows was given without scale and shift": dict(rows=PICKS),
@@ -37,7 +37,7 @@ FUSED_ERRORS = {
     "scale has shape (2, 7, 48); expected (B, D)": dict(scale=X),
     "h_weight has shape (2, 48); expected (D) = (48,)": dict(h_weight=V),
     "h has shape (2, 48, 7); expected (B, L, D)": dict(h=f32(B, D, L)),
-    "h has dtype float16; expected residual's dtype": dict(h=Spec((B, L, D), "float16")),
+    "h has dtype float64; expected float32, bfloat16, float16 beside residual in float32": dict(h=Spec((B, L, D), "float64")),
     "gate_fn is 'relu'; expected one of 'identity', 'tanh'": dict(gate_fn="relu"),
     "h_eps is a str; expected a Python float": dict(h_eps="1e-6"),
 }

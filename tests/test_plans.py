@@ -5,9 +5,11 @@ Each distinct (kernel, config) is compiled once in bfloat16 for each architectur
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
 import subprocess
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -149,18 +151,49 @@ def trace(case, dtype: str, target: Target) -> Trace:
     return Trace(call, tuple(outs), tuple(extras), grads, run.launches)
 
 
+def check_promises(traced: Trace) -> None:
+    """Results have the shapes and dtypes that infer says, and gradients those of their operands."""
+    call, outs, extras, grads, _ = traced
+    op, static = call.op, dict(call.static)
+    assert (specs(outs), specs(extras)) == op.infer(SimpleNamespace(**call.operands), **static)
+    assert grads.keys() | op.passes.keys() == set(op.operands) - op.constant
+    for name, grad in grads.items():
+        promised = specs(call.operands[name])
+        if static.get(f"{name}_row") is not None:  # the gradient of one row of a packed operand
+            promised = Spec((promised.shape[0], promised.shape[2]), promised.dtype)
+        assert specs(grad) == promised, f"gradient of {name}"
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_results_are_what_infer_promises(case):
     for dtype in case.dtypes:
-        call, outs, extras, grads, _ = trace(case, dtype, TARGETS[90])
-        op, static = call.op, dict(call.static)
-        assert (specs(outs), specs(extras)) == op.infer(SimpleNamespace(**call.operands), **static)
-        assert grads.keys() | op.passes.keys() == set(op.operands) - op.constant
-        for name, grad in grads.items():
-            promised = specs(call.operands[name])
-            if static.get(f"{name}_row") is not None:  # the gradient of one row of a packed operand
-                promised = Spec((promised.shape[0], promised.shape[2]), promised.dtype)
-            assert specs(grad) == promised, name
+        check_promises(trace(case, dtype, TARGETS[90]))
+
+
+@pytest.mark.parametrize(
+    "room, launch, out, name, case",
+    [
+        ("residual", "bwd_plan", 0, "h", "gated_residual-bfloat16-branch"),
+        ("gated_residual_norm_adaln", "bwd_plan", 1, "h", "gated_residual_norm_adaln-bfloat16-branch"),
+        ("adaln.op", "vectors_plan", 0, "scale", "layernorm_adaln-bfloat16-vectors"),
+        ("qk_norm_rope", "weights_plan", 0, "q_weight", "qk_norm_rope-bfloat16-weights"),
+    ],
+)
+def test_a_gradient_in_the_wrong_dtype_is_found(room, launch, out, name, case, monkeypatch):
+    """Torch would cast it without a word."""
+    module = importlib.import_module(f"mmattn.{room}")
+    right = getattr(module, launch)
+
+    def wrong(*args):
+        outs = list(right(*args).outs)
+        outs[out] = Spec(outs[out].shape, "float32")
+        return replace(right(*args), outs=tuple(outs))
+
+    case = next(c for c in CASES if str(c) == case)
+    check_promises(trace.__wrapped__(case, "float32", TARGETS[90]))
+    monkeypatch.setattr(module, launch, wrong)
+    with pytest.raises(AssertionError, match=f"gradient of {name}"):
+        check_promises(trace.__wrapped__(case, "float32", TARGETS[90]))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

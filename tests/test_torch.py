@@ -73,7 +73,8 @@ def same(got, want, tolerance=1e-5):
     got, want = tree_leaves(got), tree_leaves(want)
     assert len(got) == len(want)
     for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+        least = max(tolerance, 2 * torch.finfo(a.dtype).eps) if tolerance else 0
+        torch.testing.assert_close(a, b, rtol=least, atol=least)
 
 
 def adaln(x, scale, shift, **how):
@@ -96,6 +97,11 @@ def gated_norm(x, h, vectors, weight, **how):
     """Both results, one behind the other."""
     gate, scale, shift = vectors.chunk(3, -1)
     return torch.cat(mmattn_torch.gated_residual_norm_adaln(x, h, gate, scale, shift, h_weight=weight, **how), 1)
+
+
+def mixed(x, h, vectors, weight, **how):
+    """A float32 residual stream, and what layers of other dtypes make for it."""
+    return gated_norm(x, h, vectors, weight, **how)
 
 
 def attention(x, c, weights, mask, key_mask, **how):
@@ -130,6 +136,8 @@ def operands(f, B: int, L: int, C: int = 5) -> list:
         return [leaf(B, L, D), rows, leaf(B, 4, D), leaf(B, 4, D, seed=1), leaf(D)]
     if f is gated_norm:
         return [leaf(B, L, D), leaf(B, L, D, seed=1), leaf(B, 3 * D), leaf(D)]
+    if f is mixed:
+        return [leaf(B, L, D), *(leaf(*n, dtype=torch.bfloat16) for n in ((B, L, D), (B, 3 * D))), leaf(D, dtype=torch.float16)]
     if f is linear:
         heads = [leaf(B, L, HEADS, D // HEADS, seed=i) for i in range(3)]
         return [*heads, leaf(B, C, HEADS, D // HEADS), torch.arange(L, device=DEVICE)[None].expand(B, L) < L - 2]
@@ -146,6 +154,7 @@ OPERATOR = {
     table: "adaln",
     residual: "gated_residual",
     gated_norm: "gated_residual_norm_adaln",
+    mixed: "gated_residual_norm_adaln",
     attention: "qk_norm_rope_attention",
     linear: "relu_linear_attention",
 }
@@ -413,6 +422,77 @@ def test_autocast(implementation, request):
         same(mmattn_torch.rms_norm(q[0], **how), mmattn_torch.rms_norm(q[0].detach(), **REFERENCE))
     out.float().sum().backward()
     assert q.grad.dtype == torch.float32 and q.grad.isfinite().all()
+
+
+class Autocast(torch.nn.Module):
+    """A float32 stream and a context, with autocast layers between the operations."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        linear = partial(torch.nn.Linear, device=DEVICE)
+        self.modulation, self.qkv, self.context, self.out = linear(D, 3 * D), linear(D, 3 * D), linear(D, 3 * D), linear(D, D)
+
+    def forward(self, x, c, y, **how):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            scale, shift, gate = self.modulation(y).chunk(3, -1)
+            h = mmattn_torch.layernorm_adaln(x, scale, shift, **how)
+            packed = lambda t: t.unflatten(-1, (3, HEADS, D // HEADS))
+            q, k, v = zip(*(packed(t).unbind(2) for t in (self.qkv(h), self.context(c).float())), strict=True)
+            o, _ = mmattn_torch.joint_attention(q, k, v, **how)
+            return mmattn_torch.gated_residual(x, self.out(o.flatten(2)), gate, **how)
+
+
+AUTOCAST_WAYS = {
+    "compile": lambda f: torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=True),
+    "checkpoint": lambda f: lambda *a: checkpoint(f, *a, use_reentrant=False),
+    "export": lambda f: lambda *a: torch.export.export(f, a).module()(*a),
+    "another call": lambda f: f,
+}
+
+
+@pytest.mark.parametrize("way", AUTOCAST_WAYS)
+def test_autocast_of_layers_between_operations(way, kernels):
+    """The residual stream stays float32, the layers' bfloat16 goes into the operations as it is."""
+    layer = Autocast()
+    arguments = [leaf(2, 7, D), leaf(2, 5, D), leaf(2, D)]
+    got = with_gradients(AUTOCAST_WAYS[way](layer), arguments)
+    assert {x.dtype for x in got} == {torch.float32}
+    same(got, with_gradients(layer, arguments))
+    same(got, with_gradients(partial(layer, **REFERENCE), arguments), 0.03)
+
+
+def test_modules_cast_nothing_under_autocast(kernels):
+    """What their layers return goes into the operations as it is: every cast would be a launch and a copy."""
+    block = mmattn_torch.GPT2Block(D, HEADS, dim_feedforward=D, dropout=0.0, conditioning=True, use_cross_attn=True).to(DEVICE)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16), Recorder() as calls:
+        out = block(randn(2, 7, D), randn(2, D), context=randn(2, 5, D))
+    assert {x.dtype for x in out} == {torch.float32}
+    given = {name: [x.dtype for x in arrays] for name, (_, (arrays, _)) in zip(calls.names, calls.calls, strict=True)}
+    float32, low = torch.float32, torch.bfloat16
+    assert given["adaln_fwd"] == [float32, low, low]
+    assert given["gated_residual_norm_adaln_fwd"] == [float32, low, low, low, low, float32]  # the last is a weight
+    assert given["gated_residual_fwd"] == [float32, low, low]
+
+
+def test_explain_under_autocast(kernels):
+    """Streams that autocast makes alike are none to refuse."""
+    q = randn(1, 5, HEADS, 16), randn(1, 3, HEADS, 16, dtype=torch.bfloat16)
+    qkv = tuple(x.unflatten(1, (-1, 1)).expand(-1, -1, 3, -1, -1) for x in q)
+    weights = (randn(16),) * 2
+    calls = [
+        (mmattn_torch.joint_attention, (q, q, q), {}),
+        (mmattn_torch.joint_attention, (), dict(q=q, k=q, v=q)),
+        (mmattn_torch.relu_linear_attention, (q, q, q), {}),
+        (mmattn_torch.qk_norm_rope_attention, (qkv, weights, weights), dict(over="head")),
+    ]
+    for op, arguments, options in calls:
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            assert all(x.dtype == torch.bfloat16 for x in op(*arguments, **options))
+            assert mmattn_torch.explain(op, *arguments, **options).path == "triton"
+        for call in (op, partial(mmattn_torch.explain, op)):
+            with pytest.raises(TypeError, match=r"has dtype bfloat16; expected .* dtype, float32"):
+                call(*arguments, **options)
 
 
 @small_functions

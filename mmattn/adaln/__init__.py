@@ -46,7 +46,7 @@ def call(
     packed = {}
     for name, v, base in (("scale", scale, scale_base), ("shift", shift, shift_base)):
         if v is not None:
-            check.vector_dtype(op, name, v, dtype, "x")
+            check.beside(op, name, v, dtype, "x")
             if rows is not None:
                 check_table(op, name, v, scale if scale is not None else shift, B, D)
             else:
@@ -54,7 +54,7 @@ def call(
                 check.shape(op, name, v, *allowed, remedy=f"Give one {name} row per sample, one per token, or one for all.")
         if base is not None:
             check.shape(op, f"{name}_base", base, ("D", (D,)), remedy="Give one row that all tokens share.")
-            check.vector_dtype(op, f"{name}_base", base, dtype, "x")
+            check.beside(op, f"{name}_base", base, dtype, "x")
         if v is not None and rows is None and len(v.shape) == 1:
             if base is not None:
                 raise ValueError(
@@ -70,7 +70,7 @@ def call(
     for name, v in (("weight", weight), ("bias", bias)):
         if v is not None:
             check.shape(op, name, v, ("D", (D,)), remedy=f"Give one {name} that all tokens share.")
-            check.vector_dtype(op, name, v, dtype, "x")
+            check.beside(op, name, v, dtype, "x")
         operands[name] = v
     static = dict(eps=check.eps(op, eps), center=center, **packed, zero_centered=zero_centered, cast=cast)
     return Call(adaln, operands, tuple(static.items()), lambda outs: outs[0])
@@ -109,21 +109,22 @@ def layernorm_adaln(
     """y = (LayerNorm(x) * weight + bias) * (1 + scale) + shift, the norm over D.
 
     x       (B, L, D) float32, bfloat16 or float16; D a multiple of 8. float64 takes the reference path.
-    scale   float32 or x's dtype; absent means 0. (B, D) or (B, 1, D): a row per sample. (B, L, D): per token. (D,): one for all,
-            without scale_base, which is the same.
+    scale   absent means 0. (B, D) or (B, 1, D): a row per sample. (B, L, D): per token. (D,): one for all, without scale_base,
+            which is the same.
             Rank 2 always means (B, D), unless rows is given. A strided view is read in place, nothing is broadcast in memory.
     shift   likewise.
-    weight  (D,) float32 or x's dtype; absent means 1. With zero_centered, 1 + weight is meant.
-    bias    (D,) float32 or x's dtype; absent means 0.
+    weight  (D,); absent means 1. With zero_centered, 1 + weight is meant.
+    bias    (D,); absent means 0.
     rows    (B, L) int32: the row of scale and shift that each token takes. These are then tables (R, D), or (B, R, D) with one
             per sample. Numbers beyond the table are clamped to it. Meant for small tables: the backward looks at rows R times.
-    scale_base, shift_base  (D,) float32 or x's dtype, added to scale and shift (a learned table beside an embedding).
+    scale_base, shift_base  (D,), added to scale and shift (a learned table beside an embedding).
     eps     added to the variance.
     cast    what of a norm with weight or bias is rounded to x's dtype before the modulation: "after_weight" its result
             (torch.nn.RMSNorm), "before_weight" also norm(x) itself (diffusers, Flux), "none" nothing.
     returns y (B, L, D) in x's dtype; statistics and arithmetic in float32, without weight and bias rounded once.
 
-    Gradients come back in the shapes given, all sums in a fixed order. Saved for them: x and the vectors, no statistics.
+    Each vector may be float32, bfloat16 or float16, whatever x is; x's dtype is that of the result (docs/dtypes.md). Gradients
+    come back in the shapes and dtypes given, all sums in a fixed order. Saved for them: x and the vectors, no statistics.
     Raises ValueError or TypeError that names the argument.
     adaLN: Peebles & Xie 2023, arXiv:2212.09748. Mind the order of a chunked modulation: the seed and diffusers'
     AdaLayerNormContinuous put scale first, DiT and SD3 blocks put shift first.
@@ -147,7 +148,7 @@ def rmsnorm_adaln(
 def layer_norm(x, weight=None, bias=None, *, eps: float = 1e-6) -> Call:
     """y = LayerNorm(x) * weight + bias over the last axis.
 
-    x (B, L, D); weight, bias (D,) in float32 or x's dtype, each may be absent. Otherwise as layernorm_adaln.
+    x (B, L, D); weight, bias (D,), each may be absent. Otherwise as layernorm_adaln.
     Ba et al. 2016, arXiv:1607.06450. torch.nn.LayerNorm's eps is 1e-5; the seed's and DiT's is 1e-6.
     """
     return call("layer_norm", x, weight=weight, bias=bias, eps=eps, center=True)
@@ -156,7 +157,7 @@ def layer_norm(x, weight=None, bias=None, *, eps: float = 1e-6) -> Call:
 def rms_norm(x, weight=None, *, eps: float = 1e-6) -> Call:
     """y = x / sqrt(mean(x^2) + eps) * weight over the last axis.
 
-    x (B, L, D); weight (D,) in float32 or x's dtype, may be absent. Otherwise as layernorm_adaln.
+    x (B, L, D); weight (D,), may be absent. Otherwise as layernorm_adaln.
     Zhang & Sennrich 2019, arXiv:1910.07467. torch.nn.RMSNorm(eps=None) means 1.1920929e-7 in every dtype but float64.
     """
     return call("rms_norm", x, weight=weight, eps=eps, center=False)

@@ -6,7 +6,7 @@ import math
 import numbers
 
 from .. import check
-from ..op import Call, Op, cast, spec, wide
+from ..op import Call, Op, cast, spec, widest
 from ..qk_norm_rope import per_stream
 from .plans import any_specs, attention_backward, attention_forward, log_specs, lse_specs, o_specs
 
@@ -56,6 +56,13 @@ def silenced(xp, x, mask):
     return x if mask is None else xp.where(mask.reshape(mask.shape + (1,) * (len(x.shape) - 2)), x, xp.zeros_like(x))
 
 
+def joined(xp, q, k, v, key_masks) -> list:
+    """q, k and v of all streams end to end, wide, masked tokens at 0."""
+    dtype = widest(*q, *k, *v)
+    silent = lambda xs: [silenced(xp, cast(x, dtype), m) for x, m in zip(xs, key_masks, strict=True)]
+    return [xp.concatenate(silent(xs), axis=1) for xs in (q, k, v)]
+
+
 def split_streams(x, lengths, axis: int) -> tuple:
     """The streams of a joint array, whose tokens are axis 1 or 2."""
     ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
@@ -74,7 +81,7 @@ def attention_reference(xp, q, k, v, attn_mask, key_masks, *, causal: bool, scal
     """Outputs and log-sum-exps per stream, wide."""
     lengths = [x.shape[1] for x in q]
     mask = joint_mask(xp, q, attn_mask, key_masks, causal)[:, None]
-    q, k, v = (xp.concatenate([silenced(xp, wide(x), m) for x, m in zip(xs, key_masks, strict=True)], axis=1) for xs in (q, k, v))
+    q, k, v = joined(xp, q, k, v, key_masks)
     k, v = (per_query_head(xp, x, q.shape[2]) for x in (k, v))
     s = xp.where(mask, xp.einsum("bqhd,bkhd->bhqk", q, k) * scale, -math.inf)
     largest = xp.amax if sum(lengths) else xp.sum  # of no score at all there is no maximum, but a sum
@@ -153,7 +160,7 @@ def joint_operands(op: str, q, k, v, *, grouped: bool) -> tuple[dict, bool]:
             want = ("B, L_s, H_kv, d", (B, L, kv_heads, d))
             check.shape(op, f"{name}[{i}]", x, want, remedy="k and v share their shape, their heads are the same in all streams.")
         for name, x in (("q", q), ("k", k)):
-            check.vector_dtype(op, f"{name}[0]", x[0], dtype, "v")
+            check.beside(op, f"{name}[0]", x[0], dtype, "v")
             check.same_dtype(op, f"{name}[{i}]", x[i], check.floating(op, f"{name}[0]", x[0]), f"{name}[0]")
         check.same_dtype(op, f"v[{i}]", v[i], dtype, "v[0]")
         for name, x in (("q", q[i]), ("k", k[i]), ("v", v[i])):
@@ -192,10 +199,10 @@ def joint_attention(
 ) -> Call:
     """o_s = softmax(scale * q_s [k_0, k_1, ...]^T) [v_0, v_1, ...]: every stream attends to the tokens of all streams.
 
-    q          (B, L_s, H, d) per stream, in v's dtype or float32; d a multiple of 8, 8 to 128. A single array is one stream. The
+    q          (B, L_s, H, d) per stream; d a multiple of 8, 8 to 128. A single array is one stream. The
                streams are not concatenated in memory.
-    k, v       (B, L_s, H, d), or (B, L_s, H_kv, d) where H / H_kv heads of q in a row share one (grouped-query attention); v
-               float32, bfloat16 or float16, k in v's dtype or float32.
+    k, v       (B, L_s, H, d), or (B, L_s, H_kv, d) where H / H_kv heads of q in a row share one (grouped-query attention).
+               v is float32, bfloat16 or float16, q and k any of them; they are rounded to v's dtype (docs/dtypes.md).
     attn_mask  (B, L_0, L_0) bool over the first stream, True = attend. For pairs with another stream any() of its row or
                column stands in, and the other streams see each other.
     key_masks  per stream (B, L_s) bool or None, True = a real token. A masked token is silent both ways: nobody attends to
