@@ -48,10 +48,6 @@ AUTOCAST = dict.fromkeys(("joint_attention", "relu_linear_attention"), ("q", "k"
 """The first arguments of some operations, which are taken in autocast's dtype."""
 
 
-AUTOCAST = dict.fromkeys(("joint_attention", "relu_linear_attention"), ("q", "k", "v")) | dict(qk_norm_rope_attention=("qkv",))
-"""The first arguments of some operations, which are taken in autocast's dtype."""
-
-
 def autocast(x):
     """x in autocast's dtype where it is on, float64 as it is, as scaled_dot_product_attention takes its arguments."""
     if isinstance(x, tuple | list):
