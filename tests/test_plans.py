@@ -17,7 +17,7 @@ from typing import NamedTuple
 import frameworks
 import pytest
 import triton
-from cases import CASES
+from cases import CASES, Case, Normal, picks, sample
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -256,6 +256,32 @@ def compiled(launch: Launch, arch: int):
     options = dict(num_warps=plan.warps, num_stages=plan.stages, enable_fp_fusion=False)
     source = (GluonASTSource if is_gluon(plan.kernel) else ASTSource)(plan.kernel, signature, dict(plan.meta), aligned)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+WIDE = 8200  # in a tile of 16384 columns, of which one row in float32 takes 64 KB
+
+
+def wide_norms():
+    """Calls whose rows are as long as shared memory holds few of, with every form of modulation."""
+    x = dict(x=Normal((1, 2, WIDE)))
+    both = lambda *shape, **how: {name: Normal(shape, **how) for name in ("scale", "shift")}
+    yield Case("layernorm_adaln", "wide", x | both(1, WIDE))
+    yield Case("layernorm_adaln", "wide-per-token", x | both(1, 2, WIDE))
+    yield Case("layernorm_adaln", "wide-per-token-float32", x | both(1, 2, WIDE, dtype="float32"))
+    yield Case("layernorm_adaln", "wide-rows", x | both(3, WIDE) | picks(1, 2, 3))
+    yield Case("layernorm_adaln", "wide-rows-of-samples", x | both(1, 3, WIDE) | picks(1, 2, 3))
+    residual = dict(residual=Normal((1, 2, WIDE)), h=Normal((1, 2, WIDE))) | sample(1, WIDE, "gate")
+    yield Case("gated_residual", "wide", residual)
+    yield Case("gated_residual_norm_adaln", "wide", residual | sample(1, WIDE, "scale", "shift"))
+
+
+@pytest.mark.parametrize("case", wide_norms(), ids=str)
+def test_what_a_norm_stages_fits(case):
+    """Modulation of each token is staged as x is: not counted, it asked for more than an H200 has."""
+    for dtype, arch in (("float32", 80), ("float32", 90), ("bfloat16", 80)):
+        for launch in trace(case, dtype, TARGETS[arch]).launches:
+            if "vectors" not in base_name(launch.plan) and "sum" not in base_name(launch.plan):
+                assert compiled(launch, arch).metadata.shared <= TARGETS[arch].shared, (dtype, arch, base_name(launch.plan))
 
 
 def tool(name: str, *args) -> str:

@@ -65,6 +65,10 @@ class Form:
         """What a kernel takes of the constants."""
         return tuple((k, v) for k, v in (self.meta | self.sums | dict(FINAL=self.final)).items() if k in kernel.arg_names)
 
+    def read(self, **kinds: tuple[str, ...]) -> tuple[Spec, ...]:
+        """Of scale and shift those that are of these kinds: a kernel reads a row of them for each token, as it does of x."""
+        return tuple(spec(getattr(self, name)) for name, some in kinds.items() if self.meta[name.upper()] in some)
+
 
 def variant(meta: tuple, center: bool) -> str | None:
     """What a config was measured for: "layer" with modulation per sample, "rms" with a weight alone."""
@@ -73,8 +77,10 @@ def variant(meta: tuple, center: bool) -> str | None:
 
 
 @remembered
-def fwd_plan(target: Target, x: Spec, samples: int, tokens: int, G: int, lines: int, meta: tuple, eps: float, center: bool):
-    c = config("adaln_fwd", variant(meta, center), (x,), target)
+def fwd_plan(
+    target: Target, streams: tuple[Spec, ...], samples: int, tokens: int, G: int, lines: int, meta: tuple, eps: float, center: bool
+) -> Plan:
+    c, x = config("adaln_fwd", variant(meta, center), streams, target), streams[0]
     chunks, blocks = split(target, samples, cdiv(tokens, c.rows), c)
     return Plan(
         adaln_fwd_kernel,
@@ -88,11 +94,13 @@ def fwd_plan(target: Target, x: Spec, samples: int, tokens: int, G: int, lines: 
 
 @remembered
 def bwd_plan(
-    target: Target, x: Spec, samples: int, tokens: int, G: int, lines: int, meta: tuple, eps: float, center: bool, vectors: tuple
-) -> Plan:
+    target: Target, streams: tuple[Spec, ...], samples: int, tokens: int, G: int, lines: int, meta: tuple, eps: float,
+    center: bool, vectors: tuple,
+) -> Plan:  # fmt: skip
     """vectors: gradients of scale and shift. A launch that leaves one to the second kernel has an output of its dtype anyway,
     so that one compiled kernel serves every number of chunks."""
-    c, D = config("adaln_bwd", variant(meta, center), (x, x), target), x.shape[2]
+    c, x = config("adaln_bwd", variant(meta, center), streams, target), streams[0]
+    D = x.shape[2]
     chunks, blocks = split(target, samples * lines, cdiv(tokens, c.rows), c, sums=True)
     flags = dict(meta)
     final = flags["FINAL"] and chunks == 1
@@ -132,7 +140,8 @@ def infer(a, **_):
 def forward(run, a, *, eps, center, scale_row, shift_row, zero_centered, cast):
     f = Form(a, scale_row, shift_row, zero_centered, cast)
     vectors = [a.x if v is None else v for v in (f.scale, f.shift, a.weight, a.bias, a.scale_base, a.shift_base, a.rows)]
-    plan = fwd_plan(run.target, spec(a.x), f.samples, f.tokens, f.groups, f.lines, f.only(adaln_fwd_kernel), eps, center)
+    streams = (spec(a.x), *f.read(scale=("token", "index"), shift=("token", "index")))
+    plan = fwd_plan(run.target, streams, f.samples, f.tokens, f.groups, f.lines, f.only(adaln_fwd_kernel), eps, center)
     return run(plan, a.x, *vectors), ()
 
 
@@ -146,7 +155,8 @@ def backward(run, a, outs, extras, douts, *, eps, center, scale_row, shift_row, 
     specs = {name: UNUSED if v is None else gradient_spec(v, rows.get(name)) for name, v in wanted.items()}
     sizes = (f.samples, f.tokens, f.groups, f.lines)
     vectors = (specs["scale"], specs["shift"])
-    plan = bwd_plan(run.target, x, *sizes, f.only(adaln_bwd_kernel), eps, center, vectors)
+    streams = (x, spec(dy), *f.read(scale=("token",)))  # a program reads its row of a table once
+    plan = bwd_plan(run.target, streams, *sizes, f.only(adaln_bwd_kernel), eps, center, vectors)
     dx, dscale, dshift, A, H, WA, WH = run(plan, a.x, dy, scale, weight, bias, scale_base, index)
     here = dict(scale=dscale, shift=dshift)
 
