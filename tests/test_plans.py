@@ -275,7 +275,7 @@ def wide_norms():
     yield Case("gated_residual_norm_adaln", "wide", residual | sample(1, WIDE, "scale", "shift"))
 
 
-@pytest.mark.parametrize("case", wide_norms(), ids=str)
+@pytest.mark.parametrize("case", list(wide_norms()), ids=str)
 def test_what_a_norm_stages_fits(case):
     """Modulation of each token is staged as x is: not counted, it asked for more than an H200 has."""
     for dtype, arch in (("float32", 80), ("float32", 90), ("bfloat16", 80)):

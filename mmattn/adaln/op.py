@@ -78,8 +78,9 @@ def variant(meta: tuple, center: bool) -> str | None:
 
 @remembered
 def fwd_plan(
-    target: Target, streams: tuple[Spec, ...], samples: int, tokens: int, G: int, lines: int, meta: tuple, eps: float, center: bool
-) -> Plan:
+    target: Target, streams: tuple[Spec, ...], samples: int, tokens: int, G: int, lines: int, meta: tuple, eps: float,
+    center: bool,
+) -> Plan:  # fmt: skip
     c, x = config("adaln_fwd", variant(meta, center), streams, target), streams[0]
     chunks, blocks = split(target, samples, cdiv(tokens, c.rows), c)
     return Plan(
