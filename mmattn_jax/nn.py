@@ -139,6 +139,7 @@ class RMSNormSelfAttention(_Attention):
 
     module(x (B, L, D), attn_mask (B, L, L), start_pos, x_mask (B, L)) -> AttentionOutput(x_out (B, L, D))
     attn_mask    bool or integers, True or non-zero = attend. Linear attention reads the first query's row only.
+                 NaN in a token that it hides may reach other outputs; x_mask is for padding that may hold any.
     start_pos    position of the first token: an int, or integers (B,). Values on a GPU or under trace are not checked but
                  clamped to the table.
     x_mask       bool, True = token, False = padding: silent whatever it holds, its own output is 0.

@@ -589,6 +589,11 @@ PARAMETERS: dict[str, dict[str, str]] = {}  # public name -> the parameters of w
 TENSOR = check.Kind("torch.Tensor", lambda x: isinstance(x, Tensor), "torch.as_tensor")
 
 
+def is_dense(x: Tensor) -> bool:
+    """Whether x has a shape and strides. A nested tensor has none, though its layout may be strided."""
+    return x.layout is torch.strided and not x.is_nested
+
+
 def check_tensors(op: str, args: tuple, kwargs: dict[str, Any]) -> None:
     """Every array is a dense tensor, all of them on one device."""
     first = None

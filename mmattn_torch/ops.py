@@ -40,7 +40,7 @@ def documented(core: Callable[..., Call]):
 
 def vector(v, rows=None):
     """A Row as the view that torch has for it. One that does not exist, or stands where rows want a table, is refused later."""
-    there = isinstance(v, Row) and isinstance(v.array, Tensor) and v.exists and rows is None
+    there = isinstance(v, Row) and isinstance(v.array, Tensor) and _bind.is_dense(v.array) and v.exists and rows is None
     return v.array[:, v.index] if there else v
 
 
@@ -71,7 +71,7 @@ def extent(start_pos) -> tuple[int, int] | None:
         return None  # what is wrong is refused in other words
     if isinstance(start_pos, Tensor):
         wrapped = type(start_pos) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(start_pos)
-        if wrapped or start_pos.device.type != "cpu" or start_pos.layout is not torch.strided or start_pos.is_nested:
+        if wrapped or start_pos.device.type != "cpu" or not _bind.is_dense(start_pos):
             return None
     if 0 in start_pos.shape:
         return None

@@ -226,6 +226,9 @@ def test_torch_tensors_are_dense_and_on_one_device(op):
     torch = pytest.importorskip("torch")
     framework, x = frameworks.framework_of("torch"), torch.eye(2, device=frameworks.framework_of("torch").device)
     first, *others = array_parameters(op)
+    for name in [name for name, kind in array_parameters(op).items() if kind == "Vector"]:
+        for array in (x.to_mkldnn(), torch.nested.as_nested_tensor([x[0], x[1]])) if x.device.type == "cpu" else ():
+            refused(framework, op, {name: Row(array, 0)}, f"{name}.array is ")
     for name in (first, *others):
         refused(
             framework,
