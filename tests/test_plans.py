@@ -273,6 +273,9 @@ def wide_norms():
     residual = dict(residual=Normal((1, 2, WIDE)), h=Normal((1, 2, WIDE))) | sample(1, WIDE, "gate")
     yield Case("gated_residual", "wide", residual)
     yield Case("gated_residual_norm_adaln", "wide", residual | sample(1, WIDE, "scale", "shift"))
+    for dtype in ("float32", "bfloat16"):
+        branch = residual | dict(h=Normal((1, 2, WIDE), dtype=dtype))
+        yield Case("gated_residual_norm_adaln", f"wide-{dtype}-branch", branch | sample(1, WIDE, "scale", "shift", dtype=dtype))
 
 
 @pytest.mark.parametrize("case", list(wide_norms()), ids=str)
@@ -282,6 +285,16 @@ def test_what_a_norm_stages_fits(case):
         for launch in trace(case, dtype, TARGETS[arch]).launches:
             if "vectors" not in base_name(launch.plan) and "sum" not in base_name(launch.plan):
                 assert compiled(launch, arch).metadata.shared <= TARGETS[arch].shared, (dtype, arch, base_name(launch.plan))
+
+
+MIXED = [case for case in CASES if not case.gpu and str(case).endswith(("-each-its-own", "float16-qk", "float32-qk"))]
+
+
+@pytest.mark.parametrize("case", MIXED, ids=str)
+def test_operands_of_several_dtypes_compile(case):
+    """The interpreter adds and multiplies across dtypes where the compiler would not."""
+    for launch in trace(case, "bfloat16", TARGETS[90]).launches:
+        assert compiled(launch, 90).metadata.shared <= TARGETS[90].shared
 
 
 def tool(name: str, *args) -> str:
