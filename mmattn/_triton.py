@@ -14,5 +14,7 @@ except ImportError:
     tl = SimpleNamespace(constexpr=lambda value=None: value)
 
 INSTALLED = triton.__version__ is not None
+INTERPRETED = tl.constexpr(INSTALLED and triton.knobs.runtime.interpret)
+"""Whether kernels decorated from now on are interpreted, which cannot execute instructions of the GPU."""
 
-__all__ = ["INSTALLED", "tl", "triton"]
+__all__ = ["INSTALLED", "INTERPRETED", "tl", "triton"]

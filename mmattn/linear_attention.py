@@ -17,6 +17,7 @@ from ._triton import tl, triton
 from .attention.joint import joined, joint_operands, mask_operands, split_streams
 from .attention.plans import key_mask_inputs
 from .attention.tokens import kept, load_tokens, stream_of
+from .dots import for_dot
 from .op import Call, Op, Plan, Spec, Streams, cast, cdiv, next_power_of_2, remembered, row_stride, spec
 from .streams import integers, over_streams
 
@@ -36,10 +37,11 @@ def load_state(state_ptr, norm_ptr, head, WIDTH: tl.constexpr, COLS: tl.constexp
 
 
 @triton.jit
-def store_state(state_ptr, norm_ptr, head, state, norm, WIDTH: tl.constexpr, COLS: tl.constexpr):
+def store_state(state_ptr, norm_ptr, head, state, norm, PRECISION: tl.constexpr, WIDTH: tl.constexpr, COLS: tl.constexpr):
+    """S as the dots that read it take it, and z."""
     rows = tl.arange(0, COLS)
     inside = (rows < WIDTH)[:, None] & (rows < WIDTH)[None, :]
-    tl.store(state_ptr + head * WIDTH * WIDTH + rows[:, None] * WIDTH + rows[None, :], state, mask=inside)
+    tl.store(state_ptr + head * WIDTH * WIDTH + rows[:, None] * WIDTH + rows[None, :], for_dot(state, PRECISION), mask=inside)
     tl.store(norm_ptr + head * WIDTH + rows, norm, mask=rows < WIDTH)
 
 
@@ -72,13 +74,14 @@ def linear_attention_state_body(
             keep = kept(key_mask_ptrs[t], batch, token, LENGTHS[t], KEY_MASKS_[t])
             v = load_tokens(v_ptrs[t] + head * WIDTH, batch, token, LENGTHS[t], V_STRIDES_[t], cols, WIDTH, keep, False)
             k = load_tokens(k_ptrs[t] + head * WIDTH, batch, token, LENGTHS[t], K_STRIDES_[t], cols, WIDTH, keep, False)
-            k = relu(k).to(k.dtype)  # [TOKENS, COLS]
+            k = relu(for_dot(k, PRECISION)).to(k.dtype)  # [TOKENS, COLS]
+            v = for_dot(v, PRECISION)
             if k.dtype != v.dtype:  # no 16-bit dtype holds all values of another
                 k = k.to(tl.float32)
                 v = v.to(tl.float32)
             state = tl.dot(tl.trans(k), v, state, input_precision=PRECISION)
             norm += tl.sum(k.to(tl.float32), 0)
-    store_state(state_ptr, norm_ptr, tl.program_id(0).to(tl.int64), state, norm, WIDTH, COLS)
+    store_state(state_ptr, norm_ptr, tl.program_id(0).to(tl.int64), state, norm, PRECISION, WIDTH, COLS)
 
 
 @triton.jit
@@ -115,7 +118,7 @@ def linear_attention_fwd_body(
         keep = kept(key_mask_ptr, batch, token, length, True)
     state, norm = load_state(state_ptr, norm_ptr, head, WIDTH, COLS)
     q = load_tokens(q_ptr + head % HEADS * WIDTH, batch, token, length, stride, cols, WIDTH, keep, False)
-    q = relu(q.to(tl.float32))  # [TOKENS, COLS]
+    q = relu(for_dot(q, PRECISION).to(tl.float32))  # [TOKENS, COLS]
     den = tl.sum(q * norm[None, :], 1) + EPS
     o = tl.dot(q, state, input_precision=PRECISION) / den[:, None]
     at = (batch * length + token)[:, None] * (HEADS * WIDTH) + head % HEADS * WIDTH + cols[None, :]
@@ -128,7 +131,7 @@ def query_gradients(q, do, state, norm, EPS: tl.constexpr, PRECISION: tl.constex
     """dnum [TOKENS, COLS] and dden [TOKENS] of a block of rectified queries."""
     den = tl.sum(q * norm[None, :], 1) + EPS
     o = tl.dot(q, state, input_precision=PRECISION) / den[:, None]
-    return do / den[:, None], -tl.sum(do * o, 1) / den
+    return for_dot(do / den[:, None], PRECISION), -tl.sum(do * o, 1) / den
 
 
 @triton.jit
@@ -163,11 +166,11 @@ def linear_attention_bwd_state_body(
             keep = kept(key_mask_ptrs[t], batch, token, LENGTHS[t], KEY_MASKS_[t])
             q = load_tokens(q_ptrs[t] + head * WIDTH, batch, token, LENGTHS[t], Q_STRIDES_[t], cols, WIDTH, keep, False)
             do = load_tokens(do_ptrs[t] + head * WIDTH, batch, token, LENGTHS[t], HEADS * WIDTH, cols, WIDTH, keep, False)
-            q = relu(q.to(tl.float32))  # [TOKENS, COLS]
+            q = relu(for_dot(q, PRECISION).to(tl.float32))  # [TOKENS, COLS]
             dnum, dden = query_gradients(q, do.to(tl.float32), state, norm, EPS, PRECISION)
             dstate = tl.dot(tl.trans(q), dnum, dstate, input_precision=PRECISION)
             dnorm += tl.sum(q * dden[:, None], 0)
-    store_state(dstate_ptr, dnorm_ptr, tl.program_id(0).to(tl.int64), dstate, dnorm, WIDTH, COLS)
+    store_state(dstate_ptr, dnorm_ptr, tl.program_id(0).to(tl.int64), dstate, dnorm, PRECISION, WIDTH, COLS)
 
 
 @triton.jit
@@ -221,15 +224,18 @@ def linear_attention_bwd_body(
     at = (batch * length + token)[:, None] * (HEADS * WIDTH) + at_head + cols[None, :]
 
     state, norm = load_state(state_ptr, norm_ptr, head, WIDTH, COLS)
-    q = load_tokens(q_ptr + at_head, batch, token, length, q_stride, cols, WIDTH, keep, False).to(tl.float32)  # [TOKENS, COLS]
+    q = load_tokens(q_ptr + at_head, batch, token, length, q_stride, cols, WIDTH, keep, False)
+    q = for_dot(q, PRECISION).to(tl.float32)  # [TOKENS, COLS]
     do = load_tokens(do_ptr + at_head, batch, token, length, HEADS * WIDTH, cols, WIDTH, keep, False).to(tl.float32)
     dnum, dden = query_gradients(relu(q), do, state, norm, EPS, PRECISION)
     dq = tl.dot(dnum, tl.trans(state), input_precision=PRECISION) + dden[:, None] * norm[None, :]
     tl.store(dq_ptr + at, tl.where(keep[:, None] & (q > 0), dq, 0.0).to(dq_ptr.dtype.element_ty), mask=inside)
 
     dstate, dnorm = load_state(dstate_ptr, dnorm_ptr, head, WIDTH, COLS)
-    k = load_tokens(k_ptr + at_head, batch, token, length, k_stride, cols, WIDTH, keep, False).to(tl.float32)
-    v = load_tokens(v_ptr + at_head, batch, token, length, v_stride, cols, WIDTH, keep, False).to(tl.float32)
+    k = load_tokens(k_ptr + at_head, batch, token, length, k_stride, cols, WIDTH, keep, False)
+    k = for_dot(k, PRECISION).to(tl.float32)
+    v = load_tokens(v_ptr + at_head, batch, token, length, v_stride, cols, WIDTH, keep, False)
+    v = for_dot(v, PRECISION).to(tl.float32)
     dk = tl.dot(v, tl.trans(dstate), input_precision=PRECISION) + dnorm[None, :]
     tl.store(dk_ptr + at, tl.where(keep[:, None] & (k > 0), dk, 0.0).to(dk_ptr.dtype.element_ty), mask=inside)
     dv = tl.dot(relu(k), dstate, input_precision=PRECISION)
@@ -332,7 +338,7 @@ def relu_linear_attention(
     key_masks  per stream (B, L_s) bool or None, True = a real token. A masked token is silent both ways, as in
                joint_attention.
     eps        added to the denominator, which is 0 for a query without a positive element.
-    returns    (B, L_s, H, d) per stream in v's dtype (docs/dtypes.md); the state is float32.
+    returns    (B, L_s, H, d) per stream in v's dtype (docs/dtypes.md); the state is float32. float32 dots as in joint_attention.
 
     Linear in the number of tokens. Katharopoulos et al. 2020, arXiv:2006.16236; Cai et al. 2022, arXiv:2205.14756.
     """

@@ -107,9 +107,16 @@ def extent(start_pos) -> tuple[int, int] | None:
     return int(start_pos.min()), int(start_pos.max())
 
 
+FINER_THAN_TF32 = (
+    None, "highest", "float32", "F32_F32_F32", "F64_F64_F64", "TF32_TF32_F32_X3", "BF16_BF16_F32_X3", "BF16_BF16_F32_X6",
+    "BF16_BF16_F32_X9",
+)  # fmt: skip
+
+
 def precision() -> str:
-    """How float32 products are taken: jax_default_matmul_precision, of which the kernels know two; IEEE where it is not set."""
-    return "ieee" if jax.config.jax_default_matmul_precision in (None, "highest", "float32", "F32_F32_F32") else "tf32"
+    """How float32 products are taken: jax_default_matmul_precision, of which the kernels know tf32, and IEEE for all that is
+    finer and where it is not set."""
+    return "ieee" if jax.config.jax_default_matmul_precision in FINER_THAN_TF32 else "tf32"
 
 
 def call(name: str, *args, implementation: Implementation | None, **kwargs):

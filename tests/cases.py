@@ -437,6 +437,7 @@ def joint_attention_cases():
     yield case("sd3", heads(2, 24, 64, 1024, 154), **LARGE)
     yield case("flux", heads(1, 8, 128, 1024, 512), **LARGE)
     yield case("target", heads(8, 8, 16, 186), **LARGE)
+    yield case("one-block", heads(9, 8, 16, 64), **LARGE)
     # So many heads that programs walk them.
     yield case("heads-in-turn", heads(40, 8, 16, 186), dict(return_lse=True), **LARGE)
     yield case("heads-in-turn-64", heads(40, 8, 16, 186, 64), **LARGE)
@@ -490,7 +491,7 @@ def relu_linear_attention_cases():
     yield case("key-masks", heads(2, 2, 16, 37, 70, real=real, **away) | key_masks((37, 70), real))
     yield case("empty-batch", heads(0, 2, 16, 37, **away))
     yield case("production", heads(1, 4, 64, 186, 77, **away), **PRODUCTION)
-    for B, H, d, *lengths in ((2, 24, 64, 1024, 154), (1, 8, 128, 512, 333), (8, 8, 16, 186), (1, 4, 40, 3000)):
+    for B, H, d, *lengths in ((2, 24, 64, 1024, 154), (1, 8, 128, 512, 333), (8, 8, 16, 186), (7, 2, 16, 512), (1, 4, 40, 3000)):
         yield case(f"{B}x{H}x{d}-{lengths[0]}", heads(B, H, d, *lengths, **away), **LARGE)
 
 

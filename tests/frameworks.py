@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, lru_cache, partial
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -26,11 +27,17 @@ def gpu_present() -> bool:
 
 GPU = gpu_present()
 recent = lru_cache(maxsize=8)  # the tests of a case follow one another, and large cases are large
-EPS = dict(float64=2.0**-52, float32=2.0**-23, float16=2.0**-10, bfloat16=2.0**-7)  # an ulp at 1
+EPS = dict(float64=2.0**-52, float32=2.0**-23, tf32=2.0**-10, float16=2.0**-10, bfloat16=2.0**-7)  # an ulp at 1
+# Of a case in tf32 all arrays are float32, and dots round their operands.
+
+
+def stored(name: str) -> str:
+    """The dtype of a case's arrays."""
+    return "float32" if name == "tf32" else name
 
 
 def numpy_dtype(name: str) -> np.dtype:
-    return np.dtype(getattr(ml_dtypes, name, name))
+    return np.dtype(getattr(ml_dtypes, name, stored(name)))
 
 
 def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
@@ -142,13 +149,27 @@ class Torch:
         results = outs | {f"d{name}": grad for name, grad in zip(wanted, grads, strict=True)}
         return Result({name: self.get(x) for name, x in results.items()}, {name: dtype_name(x) for name, x in results.items()})
 
+    @contextmanager
+    def products(self, precision: str):
+        """float32 products in tf32, else IEEE."""
+        before = self.torch.get_float32_matmul_precision()
+        self.torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        try:
+            yield
+        finally:
+            self.torch.set_float32_matmul_precision(before)
+
     def formula(self, case: Case, arrays: dict, douts: dict, dtypes: dict, dot: str) -> Result:
         return self.differentiate(lambda arrays: formula(self.rounding(dot), case, arrays), case, arrays, douts, dtypes)
 
     def rounding(self, name: str) -> Namespace:
         """torch, but dots take operands rounded to a dtype, in their gradients too, and P = exp(S) is rounded before its sum."""
-        torch, dtype = self.torch, getattr(self.torch, name)
-        fit = lambda x: x.to(dtype).to(x.dtype)
+        torch = self.torch
+
+        def fit(x):
+            if name == "tf32":
+                return ((x.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+            return x.to(getattr(torch, name)).to(x.dtype)
 
         class Einsum(torch.autograd.Function):
             @staticmethod
@@ -202,6 +223,9 @@ class Jax:
         results = outs_and_grads(arrays, {name: self.put(x, widest) for name, x in douts.items()})
         return Result({name: self.get(x) for name, x in results.items()}, {name: dtype_name(x) for name, x in results.items()})
 
+    def products(self, precision: str):
+        return self.jax.default_matmul_precision("tensorfloat32" if precision == "tf32" else None)
+
     def formula(self, case: Case, arrays: dict, douts: dict, dtypes: dict, dot: str) -> Result:
         with self.jax.enable_x64(True), self.jax.default_matmul_precision("highest"):
             xp = self.rounding(dot)
@@ -210,7 +234,8 @@ class Jax:
     def rounding(self, name: str) -> Namespace:
         """jax.numpy with the same roundings as torch's."""
         jax, jnp, kind = self.jax, self.jax.numpy, ml_dtypes.finfo(numpy_dtype(name))
-        fit = lambda x: jax.lax.reduce_precision(x, kind.nexp, kind.nmant)  # XLA may drop a cast and its inverse
+        bits = 10 if name == "tf32" else kind.nmant
+        fit = lambda x: jax.lax.reduce_precision(x, kind.nexp, bits)  # XLA may drop a cast and its inverse
 
         @partial(jax.custom_vjp, nondiff_argnums=(0,))
         def einsum(equation, a, b):
@@ -241,7 +266,7 @@ def framework_of(name: str):
 def call(framework, case: Case, dtype: str, implementation: str = "triton", times: int = 1) -> Result:
     """The public function and its gradients in dtype; `times`: on a batch that repeats the case's so often."""
     function = getattr(framework.ops, case.call)
-    dtypes = {name: leaf.dtype or dtype for name, leaf in walk(case.operands)}
+    dtypes = {name: leaf.dtype or stored(dtype) for name, leaf in walk(case.operands)}
     run = lambda arrays: function(**fill(case.operands, arrays), **case.static, implementation=implementation)
     arrays, douts = operands(case, dtype), cotangents(case, dtype)
     if times > 1:
@@ -249,7 +274,8 @@ def call(framework, case: Case, dtype: str, implementation: str = "triton", time
         shared = shared_names(case)
         arrays = {name: x if name in shared else repeat(x) for name, x in arrays.items()}
         douts = {name: repeat(x) for name, x in douts.items()}
-    return framework.differentiate(run, case, arrays, douts, dtypes)
+    with framework.products(dtype):
+        return framework.differentiate(run, case, arrays, douts, dtypes)
 
 
 def shared_names(case: Case) -> set[str]:
@@ -270,7 +296,7 @@ def formula_in(case: Case, dtype: str, precision: str, rounded_dots: bool = Fals
 
 def promised_dtypes(case: Case, dtype: str) -> dict[str, str]:
     """Of results what the op's infer says, of gradients what their operands have."""
-    dtypes = {name: leaf.dtype or dtype for name, leaf in walk(case.operands)}
+    dtypes = {name: leaf.dtype or stored(dtype) for name, leaf in walk(case.operands)}
     arrays = {name: np.broadcast_to(np.empty((), numpy_dtype(dtypes[name])), leaf.shape) for name, leaf in walk(case.operands)}
     call = getattr(mmattn, case.call)(**fill(case.operands, arrays), **case.static)
     outs, _ = call.op.infer(SimpleNamespace(**call.operands), **dict(call.static))
@@ -297,6 +323,7 @@ def sums_rounded(case: Case) -> bool:
 NORMS = dict(l2=lambda x: np.linalg.norm(x.ravel()), max=lambda x: np.abs(x).max(initial=0.0))
 ROUNDS_WITHIN = ("gated_residual_norm_adaln",)  # the norm is that of the rounded sum
 SOFTMAX = ("joint_attention", "qk_norm_rope_attention")
+DOTS = (*SOFTMAX, "relu_linear_attention")  # which have a precision in float32
 
 
 class Judged(NamedTuple):
@@ -311,16 +338,16 @@ class Judged(NamedTuple):
 def judge(case: Case, dtype: str, result: Result) -> Iterator[Judged]:
     """At most twice as far from float64 as the float32 formula rounded once, plus half an ulp.
 
-    Softmax attention's formula takes dots of rounded operands, and P is rounded, as for tensor cores. There the largest
-    error of outputs and token gradients is looked at too, relative to the largest value. The gains' gradients are the norm's,
-    a few dozen sums over all tokens, and are judged as the norm's own are. Where the op rounds what it goes on with, no
-    result is finer than dtype, whatever dtype it has.
+    Softmax attention's formula takes dots of rounded operands, and P is rounded, as for tensor cores; in tf32 every formula
+    takes such dots. In softmax attention the largest error of outputs and token gradients is looked at too, relative to the
+    largest value. The gains' gradients are the norm's, a few dozen sums over all tokens, and are judged as the norm's own are.
+    Where the op rounds what it goes on with, no result is finer than dtype, whatever dtype it has.
 
     A log-sum-exp of rounded P may be off by half an ulp of it, and is where one key outweighs the others: the formula, which
     shifts a row so that its largest P is 1, rounds that one by nothing.
     """
     shared = {f"d{name}" for name in shared_names(case)}
-    exact, plain = formula_in(case, dtype, "float64"), formula_in(case, dtype, "float32", case.call in SOFTMAX)
+    exact, plain = formula_in(case, dtype, "float64"), formula_in(case, dtype, "float32", dtype == "tf32" or case.call in SOFTMAX)
     assert result.values.keys() == exact.values.keys()
     assert result.dtypes == promised_dtypes(case, dtype)
     for name, x in result.values.items():

@@ -6,6 +6,7 @@ from another are interpreted too; a test may put a mutated copy in its place (`p
 
 What Triton's interpreter leaves to us:
 - float32 -> bfloat16 truncates, and bfloat16 dots and arithmetic take bit patterns; all go through ml_dtypes here.
+- dots in tf32 take float32 as it is; here they ignore its lower 13 bits, as the tensor cores do.
 - `tl.cdiv`, `tl.sum`, ... are JIT functions when Triton was imported without TRITON_INTERPRET; here they run as Python.
 - calling a device function patches `triton.language` and never restores it, after which nothing compiles; here only the
   launch patches, and restores.
@@ -33,6 +34,7 @@ import ml_dtypes
 import numpy as np
 import triton
 import triton.language as tl
+from triton._C.libtriton.ir import INPUT_PRECISION
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
@@ -108,8 +110,11 @@ class Builder:
     def get_bf16(self, value):  # Triton 3.9 has it
         return interpreter.TensorHandle(np.array([value], ml_dtypes.bfloat16).view(np.uint16), tl.bfloat16)
 
-    def create_dot(self, a, b, *rest):
-        return ORIGINAL["create_dot"](self, widened(a), widened(b), *rest)
+    def create_dot(self, a, b, acc, precision, *rest):
+        a, b = widened(a), widened(b)
+        if precision == INPUT_PRECISION.TF32:
+            a, b = as_tensor_cores_read(a), as_tensor_cores_read(b)
+        return ORIGINAL["create_dot"](self, a, b, acc, precision, *rest)
 
     def binary_op(self, lhs, rhs, op):
         out = ORIGINAL["binary_op"](self, widened(lhs), widened(rhs), op)
@@ -147,6 +152,13 @@ def widened(x):
     if x.dtype.scalar != tl.bfloat16:
         return x
     return interpreter.TensorHandle(np.ascontiguousarray(x.data).view(ml_dtypes.bfloat16).astype(np.float32), tl.float32)
+
+
+def as_tensor_cores_read(x):
+    """A float32 handle as a dot in tf32 takes it: what the upper 19 bits say. Any other as it is."""
+    if x.dtype.scalar != tl.float32:
+        return x
+    return interpreter.TensorHandle((np.ascontiguousarray(x.data).view(np.uint32) & 0xFFFFE000).view(np.float32), tl.float32)
 
 
 def check_addresses(verb: str, ptrs, mask) -> None:

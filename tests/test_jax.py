@@ -573,7 +573,11 @@ def test_numpy_arrays_take_the_dtypes_of_jax():
     same(y, norm(*EXAMPLES[norm]))
 
 
-@pytest.mark.parametrize("asked, meant", [(None, "ieee"), ("highest", "ieee"), ("tensorfloat32", "tf32"), ("default", "tf32")])
+IEEE = (None, "highest", "float32", "F32_F32_F32", "BF16_BF16_F32_X9", "TF32_TF32_F32_X3")  # not coarser than was asked for
+TF32 = ("default", "high", "tensorfloat32", "bfloat16", "TF32_TF32_F32")
+
+
+@pytest.mark.parametrize("asked, meant", [(x, "ieee") for x in IEEE] + [(x, "tf32") for x in TF32])
 def test_precision_follows_jax(asked, meant):
     with jax.default_matmul_precision(asked):
         assert ops.precision() == meant

@@ -1,4 +1,4 @@
-"""Every case's kernels, forward and backward, in both frameworks and three dtypes, against float64."""
+"""Every case's kernels, forward and backward, in both frameworks, three dtypes and tf32, against float64."""
 
 from __future__ import annotations
 
@@ -9,8 +9,27 @@ import numpy as np
 import pytest
 from cases import CASES, Case, Constant, Normal
 
-mark = lambda case: [pytest.mark.gpu] * case.gpu
-TABLE = [pytest.param(case, dtype, id=f"{case}-{dtype}", marks=mark(case)) for case in CASES for dtype in case.dtypes]
+INTERPRETED_IN_TF32 = (
+    "joint_attention-grouped",
+    "joint_attention-everything",
+    "joint_attention-one-stream-130",
+    "qk_norm_rope_attention-seed",
+    "relu_linear_attention-130-width-64",
+    "relu_linear_attention-key-masks",
+)
+
+
+def dtypes(case) -> tuple[str, ...]:
+    """The case's, and tf32 beside the float32 of ops with dots."""
+    return case.dtypes + ("tf32",) * (case.call in frameworks.DOTS and "float32" in case.dtypes)
+
+
+def mark(case, dtype: str) -> list:
+    """The interpreter gets few cases in tf32."""
+    return [pytest.mark.gpu] * (case.gpu or (dtype == "tf32" and str(case) not in INTERPRETED_IN_TF32))
+
+
+TABLE = [pytest.param(case, dtype, id=f"{case}-{dtype}", marks=mark(case, dtype)) for case in CASES for dtype in dtypes(case)]
 each_case = pytest.mark.parametrize("case, dtype", TABLE, scope="module")  # the tests of a case run one after the other
 
 

@@ -102,6 +102,7 @@ BUGS = [
     Bug("a head each", "joint_attention-seed", SINGLE, "SAMPLES[0] * HEADS, tl", "tl.num_programs(0), tl"),
     Bug("one dq for all", "joint_attention-seed", SINGLE, "dq[len(stored)]", "dq[0]"),
     Bug("a key too many", "joint_attention-key-masks", SINGLE, "tl.where(real[:, None], dv, 0.0)", "dv"),
+    Bug("operands truncated", "relu_linear_attention-130-width-64", "dots.py", 'PRECISION == "tf32" and', "False and", "tf32"),
     Bug("relu's slope forgotten", "relu_linear_attention-37-5", LINEAR, "keep[:, None] & (k > 0)", "keep[:, None]"),
 ]
 

@@ -4,6 +4,7 @@ for Hopper needs besides: lse and delta in parts, locks, and the rounding of dq.
 from __future__ import annotations
 
 from .._triton import tl, triton
+from ..dots import for_dot
 from .tokens import (
     accumulate,
     allowed,
@@ -179,16 +180,16 @@ def gather_queries(
     keep: the queries to read [QUERIES]; the others have P = 0, or read as 0.
     """
     dtype: tl.constexpr = v[0].dtype
-    q = load_head(q_ptr, batch, query, length, q_stride, keep, dtype, WIDTH, COLS, False)  # [QUERIES, COLS]
-    do = load_head(do_ptr, batch, query, length, do_stride, keep, dtype, WIDTH, COLS, False)
+    q = load_head(q_ptr, batch, query, length, q_stride, keep, dtype, PRECISION, WIDTH, COLS, False)  # [QUERIES, COLS]
+    do = load_head(do_ptr, batch, query, length, do_stride, keep, dtype, PRECISION, WIDTH, COLS, False)
     minus_shift, factor, minus_delta = load_row_statistics(lse_ptr, delta_ptr, row, query, length, EXACT)  # [QUERIES]
     p = probabilities(products(k, q, PRECISION, EXACT), minus_shift[None, :], factor[None, :], SCALE, EXACT)  # [KEYS, QUERIES]
     if CAUSAL or MASKED:
         valid = allowed(mask_ptr, rows_ptr, cols_ptr, batch, i, t, query[None, :], key[:, None], first_length, CAUSAL, MASKED)
         p = tl.where(valid, p, 0.0)
-    dv = accumulate(dv, 1.0, p.to(dtype), do, PRECISION, EXACT)
+    dv = accumulate(dv, 1.0, for_dot(p.to(dtype), PRECISION), do, PRECISION, EXACT)
     ds = (p * products_from(minus_delta[None, :], v, do, PRECISION, EXACT)).to(dtype)
-    dk = accumulate(dk, 1.0, ds, q, PRECISION, EXACT)
+    dk = accumulate(dk, 1.0, for_dot(ds, PRECISION), q, PRECISION, EXACT)
     return dk, dv
 
 
@@ -241,8 +242,10 @@ def joint_attention_bwd_dkdv_body(
     if key_masked:
         keep = kept(key_mask_ptr, batch, key, length, True)
     busy = awake(keep, key_masked)
-    v = load_head(v_ptr + head * WIDTH + V_AT, batch, key, length, v_stride, keep, dtype, WIDTH, COLS, False)  # [KEYS, COLS]
-    k = load_head(k_ptr + head * WIDTH, batch, key, length, k_stride, keep, dtype, WIDTH, COLS, False)
+    v = load_head(
+        v_ptr + head * WIDTH + V_AT, batch, key, length, v_stride, keep, dtype, PRECISION, WIDTH, COLS, False
+    )  # [KEYS, COLS]
+    k = load_head(k_ptr + head * WIDTH, batch, key, length, k_stride, keep, dtype, PRECISION, WIDTH, COLS, False)
     dk = zero_head(KEYS, COLS)
     dv = zero_head(KEYS, COLS)
     for i in tl.static_range(len(q_ptrs)):
@@ -295,8 +298,8 @@ def gather_keys(
     dtype: tl.constexpr = do[0].dtype
     whole: tl.constexpr = not (TAIL or KEY_MASKED)
     keep = kept(key_mask_ptr, batch, key, length, KEY_MASKED)
-    v = load_head(v_ptr, batch, key, length, v_stride, keep, dtype, WIDTH, COLS, whole)  # [KEYS, COLS]
-    k = load_head(k_ptr, batch, key, length, k_stride, keep, dtype, WIDTH, COLS, whole)
+    v = load_head(v_ptr, batch, key, length, v_stride, keep, dtype, PRECISION, WIDTH, COLS, whole)  # [KEYS, COLS]
+    k = load_head(k_ptr, batch, key, length, k_stride, keep, dtype, PRECISION, WIDTH, COLS, whole)
     p = probabilities(products(q, k, PRECISION, EXACT), minus_shift[:, None], factor[:, None], SCALE, EXACT)  # [QUERIES, KEYS]
     if not whole:
         p = tl.where(keep[None, :], p, 0.0)
@@ -307,7 +310,7 @@ def gather_keys(
         return (acc[0] + pair_sum(p * products(do, v, PRECISION, EXACT)),)
     else:
         ds = p * products_from(minus_delta[:, None], do, v, PRECISION, EXACT)
-        return accumulate(acc, 1.0, ds.to(dtype), k, PRECISION, EXACT)
+        return accumulate(acc, 1.0, for_dot(ds.to(dtype), PRECISION), k, PRECISION, EXACT)
 
 
 @triton.jit
@@ -354,10 +357,10 @@ def joint_attention_bwd_dq_body(
 
     dtype: tl.constexpr = do_ptr.dtype.element_ty
     query, keep, q = load_queries(
-        q_ptr + head * WIDTH, query_mask_ptr, batch, first, length, q_stride, query_masked, dtype, WIDTH, QUERIES, COLS
+        q_ptr + head * WIDTH, query_mask_ptr, batch, first, length, q_stride, query_masked, dtype, PRECISION, WIDTH, QUERIES, COLS
     )
     busy = awake(keep, query_masked)
-    do = load_head(do_ptr + head * WIDTH, batch, query, length, HEADS * WIDTH, keep, dtype, WIDTH, COLS, False)
+    do = load_head(do_ptr + head * WIDTH, batch, query, length, HEADS * WIDTH, keep, dtype, PRECISION, WIDTH, COLS, False)
     minus_shift, factor, minus_delta = load_row_statistics(lse_ptr, delta_ptr, batch * HEADS + head, query, length, EXACT)
     for DELTA in tl.static_range(1 if EXACT else 0, -1, -1):
         acc = zero_head(QUERIES, 1 if DELTA else COLS)

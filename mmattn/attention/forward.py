@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 
 from .._triton import tl, triton
+from ..dots import for_dot
 from .tokens import (
     accumulate,
     allowed,
@@ -48,14 +49,14 @@ LN2: tl.constexpr = tl.constexpr(math.log(2))
 
 @triton.jit
 def load_keys(
-    k_ptr, v_ptr, key_mask_ptr, batch, start, length, k_stride, v_stride,
+    k_ptr, v_ptr, key_mask_ptr, batch, start, length, k_stride, v_stride, PRECISION: tl.constexpr,
     WIDTH: tl.constexpr, KEY_MASKED: tl.constexpr, KEYS: tl.constexpr, COLS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """One block of k and v [KEYS, COLS], and which keys count [KEYS]; the others read as 0."""
     key = start + tl.arange(0, KEYS)
     dtype: tl.constexpr = v_ptr.dtype.element_ty
-    v = load_head(v_ptr, batch, key, length, v_stride, key < length, dtype, WIDTH, COLS, not TAIL)
-    k = load_head(k_ptr, batch, key, length, k_stride, key < length, dtype, WIDTH, COLS, not TAIL)
+    v = load_head(v_ptr, batch, key, length, v_stride, key < length, dtype, PRECISION, WIDTH, COLS, not TAIL)
+    k = load_head(k_ptr, batch, key, length, k_stride, key < length, dtype, PRECISION, WIDTH, COLS, not TAIL)
     keep = kept(key_mask_ptr, batch, key, length, KEY_MASKED)
     if KEY_MASKED:  # after the loads, which need not wait for the mask
         k = silenced(k, keep)
@@ -65,7 +66,7 @@ def load_keys(
 
 @triton.jit
 def load_all_keys(
-    k_ptr, v_ptr, key_mask_ptr, batch, length, k_stride, v_stride,
+    k_ptr, v_ptr, key_mask_ptr, batch, length, k_stride, v_stride, PRECISION: tl.constexpr,
     WIDTH: tl.constexpr, KEY_MASKED: tl.constexpr, BLOCKS: tl.constexpr, KEYS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """A stream's BLOCKS blocks of k and v, and how many of the keys in them do not count."""
@@ -73,7 +74,7 @@ def load_all_keys(
     real = tl.zeros((KEYS,), tl.int32)
     for j in tl.static_range(BLOCKS):
         k, v, keep = load_keys(
-            k_ptr, v_ptr, key_mask_ptr, batch, j * KEYS, length, k_stride, v_stride,
+            k_ptr, v_ptr, key_mask_ptr, batch, j * KEYS, length, k_stride, v_stride, PRECISION,
             WIDTH, KEY_MASKED, KEYS, COLS, j == BLOCKS - 1,
         )  # fmt: skip
         ks = ks + (k,)
@@ -99,12 +100,13 @@ def gather(
         if not WHOLE:
             valid &= keep[None, :]
         p = tl.where(valid, p, 0.0)
+    if not BY_DOT:
+        total += tl.sum(tl.reshape(p, (p.shape[0], p.shape[1] // 8, 8)), 1)
+    operand = for_dot(p.to(v[0].dtype), PRECISION)
     if BY_DOT:
         ones = tl.full((p.shape[1], 8), 1.0, v[0].dtype)
-        total = tl.dot(p.to(v[0].dtype), ones, total, input_precision=PRECISION)
-    else:
-        total += tl.sum(tl.reshape(p, (p.shape[0], p.shape[1] // 8, 8)), 1)
-    return accumulate(acc, 1.0, p.to(v[0].dtype), v, PRECISION, False), total
+        total = tl.dot(operand, ones, total, input_precision=PRECISION)
+    return accumulate(acc, 1.0, operand, v, PRECISION, False), total
 
 
 @triton.jit
@@ -147,7 +149,7 @@ def attend(
     shift = new_top
     if EMPTY:
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-    p = power(s - shift[:, None], EXACT).to(v[0].dtype)
+    p = for_dot(power(s - shift[:, None], EXACT).to(v[0].dtype), PRECISION)
     decay = power(top - shift, EXACT)[:, None]
     total = row_sum(total, decay, p, PRECISION, EXACT)
     acc = accumulate(acc, decay, p, v, PRECISION, EXACT)
@@ -202,7 +204,7 @@ def shifted_softmax(
     """A block of queries with a running maximum, from its loads to its stores."""
     query, keep, q = load_queries(
         q_ptr + head * WIDTH, query_mask_ptr, batch, first, length, q_stride, query_masked,
-        v_ptrs[0].dtype.element_ty, WIDTH, QUERIES, COLS,
+        v_ptrs[0].dtype.element_ty, PRECISION, WIDTH, QUERIES, COLS,
     )  # fmt: skip
     acc = zero_head(QUERIES, COLS)
     total = tl.zeros((QUERIES, 16), tl.float32)
@@ -217,7 +219,7 @@ def shifted_softmax(
         for start in tl.range(0, full, KEYS, num_stages=STAGES):
             k, v, kept_keys = load_keys(
                 k_ptr, v_ptr, key_mask_ptrs[t], batch, start, LENGTHS[t], K_STRIDES_[t], V_STRIDES_[t],
-                WIDTH, KEY_MASKS_[t], KEYS, COLS, False,
+                PRECISION, WIDTH, KEY_MASKS_[t], KEYS, COLS, False,
             )  # fmt: skip
             acc, total, top = attend(
                 acc, total, top, q, k, v, kept_keys, mask_ptr, rows_ptr, cols_ptr, batch, i, t, query, start, LENGTHS[0],
@@ -226,7 +228,7 @@ def shifted_softmax(
         if full < end:
             k, v, kept_keys = load_keys(
                 k_ptr, v_ptr, key_mask_ptrs[t], batch, full, LENGTHS[t], K_STRIDES_[t], V_STRIDES_[t],
-                WIDTH, KEY_MASKS_[t], KEYS, COLS, True,
+                PRECISION, WIDTH, KEY_MASKS_[t], KEYS, COLS, True,
             )  # fmt: skip
             acc, total, top = attend(
                 acc, total, top, q, k, v, kept_keys, mask_ptr, rows_ptr, cols_ptr, batch, i, t, query, full, LENGTHS[0],
@@ -334,7 +336,7 @@ def joint_attention_fwd_body(
     else:
         query, keep, q = load_queries(
             q_ptr + head * WIDTH, query_mask_ptr, batch, first, length, q_stride, query_masked,
-            v_ptrs[0].dtype.element_ty, WIDTH, QUERIES, COLS,
+            v_ptrs[0].dtype.element_ty, PRECISION, WIDTH, QUERIES, COLS,
         )  # fmt: skip
         busy = awake(keep, query_masked)
         by_dot: tl.constexpr = COLS <= 32
@@ -349,7 +351,7 @@ def joint_attention_fwd_body(
             if KEY_BLOCKS_[t] > 0:
                 ks, vs, uncounted = load_all_keys(
                     k_ptr, v_ptr, key_mask_ptrs[t], batch, LENGTHS[t], K_STRIDES_[t], V_STRIDES_[t],
-                    WIDTH, KEY_MASKS_[t], KEY_BLOCKS_[t], KEYS, COLS,
+                    PRECISION, WIDTH, KEY_MASKS_[t], KEY_BLOCKS_[t], KEYS, COLS,
                 )  # fmt: skip
                 hidden += uncounted
                 for j in tl.static_range(KEY_BLOCKS_[t]):
@@ -367,7 +369,7 @@ def joint_attention_fwd_body(
                 for start in range(0, full, KEYS):
                     k, v, kept_keys = load_keys(
                         k_ptr, v_ptr, key_mask_ptrs[t], batch, start, LENGTHS[t], K_STRIDES_[t], V_STRIDES_[t],
-                        WIDTH, False, KEYS, COLS, False,
+                        PRECISION, WIDTH, False, KEYS, COLS, False,
                     )  # fmt: skip
                     acc, total = gather(
                         acc, total, q, k, v, kept_keys, query, start, i, t, SCALE, CAUSAL, PRECISION, True, by_dot
@@ -376,7 +378,7 @@ def joint_attention_fwd_body(
                 for start in tl.range(full, end, KEYS, num_stages=1):
                     k, v, kept_keys = load_keys(
                         k_ptr, v_ptr, key_mask_ptrs[t], batch, start, LENGTHS[t], K_STRIDES_[t], V_STRIDES_[t],
-                        WIDTH, KEY_MASKS_[t], KEYS, COLS, True,
+                        PRECISION, WIDTH, KEY_MASKS_[t], KEYS, COLS, True,
                     )  # fmt: skip
                     acc, total = gather(
                         acc, total, q, k, v, kept_keys, query, start, i, t, SCALE, CAUSAL, PRECISION, False, by_dot

@@ -211,7 +211,8 @@ def joint_attention(
     reaches differs between the kernels and the reference. Padding that may hold such values needs key_masks.
 
     A row without any key has output 0, lse -inf and gradient 0. Scores and sums are float32; float32 dots are IEEE unless
-    the framework's matmul precision asks for tf32. Raises ValueError or TypeError that names the argument.
+    the framework's matmul precision asks for tf32, for which operands are rounded to the nearest. Raises ValueError or TypeError
+    that names the argument.
     FlashAttention-2: Dao 2023, arXiv:2307.08691. Grouped queries: Ainslie et al. 2023, arXiv:2305.13245.
     Joint attention of MMDiT: Esser et al. 2024, arXiv:2403.03206.
     """

@@ -47,6 +47,8 @@ def tiles(kind: str, cols: int, dtype: str, precision: str) -> tuple[dict[str, i
         cols = max(32, cols)
         size = 32 if cols == 32 else 16
         return dict(QUERIES=size, KEYS=size, COLS=cols), 8, 1
+    if dtype == "float32" and cols == 128:  # in tf32 an operand is held twice, and 64 of each would not fit an A100
+        return dict(QUERIES=32, KEYS=32, COLS=cols), 8, 1
     keys = 32 if kind == "fwd" and cols <= 32 else 64  # 64 spill
     return dict(QUERIES=64, KEYS=keys, COLS=cols), 8 if cols == 128 else 4, 2 if dtype != "float32" else 1
 
@@ -63,7 +65,7 @@ def unshifted_tiles(cols: int, dtype: str, keys: int, masked: bool) -> tuple[dic
     as many queries as registers hold.
     """
     if dtype == "float32":
-        return dict(QUERIES=64, KEYS=64 if cols <= 64 else 32, COLS=cols), 8 if cols > 64 else 4, 1
+        return dict(QUERIES=64 if cols <= 64 else 32, KEYS=64, COLS=cols), 8 if cols > 64 else 4, 1
     if keys <= SHORT and cols <= 32:
         return dict(QUERIES=64, KEYS=64, COLS=cols), 4, 1
     if cols == 16:
@@ -313,7 +315,7 @@ def attention_forward(run, a, *, return_lse: bool, precision: str, **static):
     constants |= {f"KEY_BLOCK{i}": cdiv(L, constants["KEYS"]) if at_once else 0 for i, L in enumerate(lengths(a))}
     # With more streams than one, more loops bid for registers, and how many programs run at once hangs on that (docs/facts.md).
     small = n > 1 and constants["COLS"] == 16 and sum(lengths(a)) <= MIDDLE
-    constants |= dict(SHIFTED_QUERIES=32 if small else 64, SHIFTED_KEYS=16 if small else 32)
+    constants |= dict(SHIFTED_QUERIES=32 if small else min(64, constants["QUERIES"]), SHIFTED_KEYS=16 if small else 32)
     outs = forward_specs(a, return_lse, precision)
     p = plan(joint_attention_fwd_body, lengths(a), B * H, constants["QUERIES"], outs, tuple(constants.items()), warps, stages)
     results = tuple(run(p, *a.q, *a.k, *a.v, *mask_inputs(a, anys)))

@@ -15,12 +15,14 @@ from .tokens import kept, load_queries, piece_of, stream_of, zero_head
 @triton.jit
 def queries_of(
     block, q_ptrs, key_mask_ptrs, LENGTHS, Q_STRIDES_, KEY_MASKS_, batch, head, dtype: tl.constexpr,
-    WIDTH: tl.constexpr, TOKENS: tl.constexpr, COLS: tl.constexpr,
+    PRECISION: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Token numbers, which of them count, and q of a block of all streams' tokens. q does not wait for the mask."""
     _, q_ptr, length, stride, first = stream_of(block, q_ptrs, LENGTHS, Q_STRIDES_, TOKENS)
     _, mask_ptr, _, masked, _ = stream_of(block, key_mask_ptrs, LENGTHS, KEY_MASKS_, TOKENS)
-    query, keep, q = load_queries(q_ptr + head * WIDTH, mask_ptr, batch, first, length, stride, False, dtype, WIDTH, TOKENS, COLS)
+    query, keep, q = load_queries(
+        q_ptr + head * WIDTH, mask_ptr, batch, first, length, stride, False, dtype, PRECISION, WIDTH, TOKENS, COLS
+    )
     if masked:
         keep = kept(mask_ptr, batch, query, length, True)
     return query, keep, q
@@ -57,7 +59,7 @@ def joint_attention_short_fwd_body(
     batch = (tl.program_id(0) // HEADS).to(tl.int64)
     dtype: tl.constexpr = v_ptrs[0].dtype.element_ty
     query, keep, q = queries_of(
-        0, q_ptrs, key_mask_ptrs, LENGTHS, Q_STRIDES_, KEY_MASKS_, batch, head, dtype, WIDTH, TOKENS, COLS
+        0, q_ptrs, key_mask_ptrs, LENGTHS, Q_STRIDES_, KEY_MASKS_, batch, head, dtype, PRECISION, WIDTH, TOKENS, COLS
     )
     ks, vs = (), ()
     blocks = 0
@@ -68,7 +70,7 @@ def joint_attention_short_fwd_body(
         v_ptr = v_ptrs[t] + head // GROUP * WIDTH + V_AT
         more_ks, more_vs, uncounted = load_all_keys(
             k_ptr, v_ptr, key_mask_ptrs[t], batch, LENGTHS[t], K_STRIDES_[t], V_STRIDES_[t],
-            WIDTH, KEY_MASKS_[t], BLOCKS_[t], TOKENS, COLS,
+            PRECISION, WIDTH, KEY_MASKS_[t], BLOCKS_[t], TOKENS, COLS,
         )  # fmt: skip
         ks = ks + more_ks
         vs = vs + more_vs
@@ -79,7 +81,7 @@ def joint_attention_short_fwd_body(
     largest = tl.zeros((TOKENS, COLS), tl.float32)
     for block in tl.range(0, blocks, num_stages=1):
         next_query, next_keep, next_q = queries_of(
-            block + 1, q_ptrs, key_mask_ptrs, LENGTHS, Q_STRIDES_, KEY_MASKS_, batch, head, dtype, WIDTH, TOKENS, COLS
+            block + 1, q_ptrs, key_mask_ptrs, LENGTHS, Q_STRIDES_, KEY_MASKS_, batch, head, dtype, PRECISION, WIDTH, TOKENS, COLS
         )
         o_ptr, lse_ptr, log_ptr, length = outputs_of(block, o_ptrs, lse_ptrs, log_ptrs, LENGTHS, Q_STRIDES_, TOKENS)
         acc = zero_head(TOKENS, COLS)  # [TOKENS, COLS]

@@ -7,6 +7,7 @@ as the powers of two that COLS is the sum of, the largest first: 96 = 64 + 32. W
 from __future__ import annotations
 
 from .._triton import tl, triton
+from ..dots import for_dot
 
 INVERSE_FACTORIALS = tl.constexpr((1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0))
 
@@ -78,16 +79,16 @@ def piece(COLS, i):
 
 @triton.jit
 def load_head(
-    ptr, batch, tokens, length, stride, keep, dtype: tl.constexpr,
+    ptr, batch, tokens, length, stride, keep, dtype: tl.constexpr, PRECISION: tl.constexpr,
     WIDTH: tl.constexpr, COLS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """One head [TOKENS, COLS] in a dtype, as load_tokens reads it."""
+    """One head [TOKENS, COLS] in a dtype, as load_tokens reads it and dots take it."""
     tiles = ()
     for i in tl.static_range(pieces(COLS)):
         cols = tl.arange(0, piece(COLS, i))
         there = ptr + columns_before(COLS, i)
         tile = load_tokens(there, batch, tokens, length, stride, cols, WIDTH - columns_before(COLS, i), keep, WHOLE)
-        tiles = tiles + (tile.to(dtype),)
+        tiles = tiles + (for_dot(tile.to(dtype), PRECISION),)
     return tiles
 
 
@@ -264,7 +265,7 @@ def allowed(mask_ptr, rows_ptr, cols_ptr, batch, i, t, query, key, length, CAUSA
 
 @triton.jit
 def load_queries(
-    q_ptr, query_mask_ptr, batch, first, length, q_stride, query_masked, dtype: tl.constexpr,
+    q_ptr, query_mask_ptr, batch, first, length, q_stride, query_masked, dtype: tl.constexpr, PRECISION: tl.constexpr,
     WIDTH: tl.constexpr, QUERIES: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Token numbers [QUERIES], which of them count, and q [QUERIES, COLS] in a dtype, whose other rows read as 0."""
@@ -272,7 +273,7 @@ def load_queries(
     keep = query < length
     if query_masked:
         keep = kept(query_mask_ptr, batch, query, length, True)
-    return query, keep, load_head(q_ptr, batch, query, length, q_stride, keep, dtype, WIDTH, COLS, False)
+    return query, keep, load_head(q_ptr, batch, query, length, q_stride, keep, dtype, PRECISION, WIDTH, COLS, False)
 
 
 @triton.jit(do_not_specialize=["LENGTH"])
