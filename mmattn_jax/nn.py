@@ -14,6 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 from mmattn import Row, blocks, rope
 from mmattn.blocks import AttentionOutput
 
+from . import _arrays
 from . import ops as _ops
 
 __all__ = ["AttentionOutput", "GPT2Block", "GPT2Stack", "RMSNormSelfAttention", "RMSNormSelfCrossAttention"]
@@ -54,7 +55,7 @@ ops = SimpleNamespace(
     angles=_angles,
     vector=lambda weight: weight[...],
     untouched=_untouched,
-    xp=jnp,
+    xp=_arrays,
     where=jnp.where,
     extent=_ops.extent,
     per_sample=_per_sample,

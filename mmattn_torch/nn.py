@@ -15,6 +15,7 @@ from mmattn import blocks, rope
 from mmattn.blocks import AttentionOutput
 from mmattn.op import next_power_of_2
 
+from . import _arrays
 from . import ops as _ops
 from ._bind import PLAIN, autocast_dtype, constant_under_compile, plain
 
@@ -90,7 +91,7 @@ ops = SimpleNamespace(
     angles=_angles,
     vector=lambda weight: weight,
     untouched=_untouched,
-    xp=torch,
+    xp=_arrays,
     where=torch.where,
     extent=_ops.extent,
     per_sample=_per_sample,

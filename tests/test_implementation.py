@@ -24,6 +24,13 @@ def front(framework, kernels):
     framework.ops.set_implementation("auto")
 
 
+def on_kernels_device():
+    """X where torch's kernels run: on a GPU if there is one, else in the interpreter."""
+    import torch
+
+    return torch.tensor(X, device="cuda" if torch.cuda.is_available() else "cpu")
+
+
 def path(front, **how) -> str:
     return front.ops.explain("rms_norm", front.put(X, "float32"), **how).path
 
@@ -279,12 +286,11 @@ def rms(x):
 
 @needs_torch
 def test_a_compiled_function_asks_the_context_that_calls_it(compiled):
-    import torch
 
     import mmattn_torch
 
     f, kernels = compiled(rms, fullgraph=True)
-    x = torch.tensor(X)
+    x = on_kernels_device()
 
     def under(name):
         with mmattn_torch.implementation(name):
@@ -305,7 +311,6 @@ def test_a_compiled_function_asks_the_context_that_calls_it(compiled):
 
 @needs_torch
 def test_blocks_in_a_compiled_function(compiled):
-    import torch
 
     import mmattn_torch
 
@@ -318,9 +323,9 @@ def test_blocks_in_a_compiled_function(compiled):
 
     for function, count in ((within, 2), (mmattn_torch.implementation("reference")(rms), 0)):
         f, kernels = compiled(function, fullgraph=True)
-        f(torch.tensor(X))
+        f(on_kernels_device())
         assert kernels() == [count]
-        assert mmattn_torch.explain("rms_norm", torch.tensor(X)).path == "triton"
+        assert mmattn_torch.explain("rms_norm", on_kernels_device()).path == "triton"
 
 
 @needs_torch
@@ -345,7 +350,7 @@ def test_a_graph_break_in_a_block(compiled):
         return y + rms(x)
 
     f, kernels = compiled(broken)
-    x = torch.tensor(X)
+    x = on_kernels_device()
     for _ in range(2):
         torch.testing.assert_close(f(x), 3 * rms(x))
     assert seen == [("reference", "triton")] * 2
