@@ -142,9 +142,10 @@ def locate(r, first_token, LENGTH, ROWS_PER_TOKEN: tl.constexpr, WIDTH: tl.const
 
 @triton.jit
 def norm_rows(
-    program, qkv_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, start_ptr, q_ptr, k_ptr, LENGTH, SAMPLES, TABLE_SAMPLES,
+    program, qkv_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, start_ptr, key_mask_ptr, q_ptr, k_ptr,
+    LENGTH, SAMPLES, TABLE_SAMPLES,
     WIDTH: tl.constexpr, ROWS_PER_TOKEN: tl.constexpr, WIDTH_HEAD: tl.constexpr, EPS: tl.constexpr, TURNED: tl.constexpr,
-    POSITIONS: tl.constexpr, STARTED: tl.constexpr, INTERLEAVED: tl.constexpr, Q_SCALE: tl.constexpr,
+    POSITIONS: tl.constexpr, STARTED: tl.constexpr, INTERLEAVED: tl.constexpr, Q_SCALE: tl.constexpr, KEY_MASK: tl.constexpr,
     ROWS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """One program of a stream: ROWS rows of q and the same rows of k."""
@@ -154,6 +155,9 @@ def norm_rows(
     r = (program % blocks) * ROWS + tl.arange(0, ROWS)
     inside = r < rows_of_group
     token, b, row, packed = locate(r, g * SAMPLES * LENGTH, LENGTH, ROWS_PER_TOKEN, WIDTH)
+    keep = inside
+    if KEY_MASK:
+        keep = inside & (tl.load(key_mask_ptr + token, mask=inside, other=0) != 0)
     if TURNED:
         c, s = load_rotation(
             cos_ptr, sin_ptr, start_ptr, b, token % LENGTH, inside, b // TABLE_SAMPLES * POSITIONS,
@@ -164,7 +168,7 @@ def norm_rows(
     for part in tl.static_range(2):
         x_ptr = qkv_ptr + part * WIDTH * ROWS_PER_TOKEN
         weight = (k_weight_ptr if part else q_weight_ptr) + g.to(tl.int64) * WIDTH
-        a, b_ = load_pairs(x_ptr, packed, inside, WIDTH, WIDTH_HEAD, TURNED, INTERLEAVED, PAIRS)  # [ROWS, PAIRS]
+        a, b_ = load_pairs(x_ptr, packed, keep, WIDTH, WIDTH_HEAD, TURNED, INTERLEAVED, PAIRS)  # [ROWS, PAIRS]
         a, b_, _ = rms(a, b_, WIDTH, EPS)
         a *= tl.load(weight + first, mask=there, other=0.0).to(tl.float32)[None, :]
         b_ *= tl.load(weight + second, mask=there, other=0.0).to(tl.float32)[None, :]
@@ -184,6 +188,7 @@ def qk_norm_rope_fwd_body(
     cos_ptrs,  # (T, POSITIONS, TURNED) float32
     sin_ptrs,  # (T, POSITIONS, TURNED) float32
     start_ptr,  # (B,) int32
+    key_mask_ptrs,  # (B, L_s) bool: a masked token reads as 0, whatever it holds, so that NaN is in no residual
     q_ptrs,  # (B, L_s, H, d)
     k_ptrs,  # (B, L_s, H, d)
     LENGTHS,
@@ -199,6 +204,7 @@ def qk_norm_rope_fwd_body(
     TURNEDS_,  # pairs of a head that are turned, 0 for a stream that is not
     POSITIONS_,  # rows of the table
     Q_SCALE,  # q is multiplied by it before it is rounded
+    KEY_MASKS_,
     ROWS,
     PAIRS,
 ):
@@ -207,9 +213,9 @@ def qk_norm_rope_fwd_body(
     for t in tl.static_range(len(qkv_ptrs)):
         if (program >= 0) & (program < PROGRAMS[t]):
             norm_rows(
-                program, qkv_ptrs[t], q_weight_ptrs[t], k_weight_ptrs[t], cos_ptrs[t], sin_ptrs[t], start_ptr, q_ptrs[t],
-                k_ptrs[t], LENGTHS[t], SAMPLES[t], TABLE_SAMPLES[t], WIDTH, ROWS_PER_TOKEN, WIDTH_HEAD, EPS, TURNEDS_[t],
-                POSITIONS_[t], STARTED, INTERLEAVED or TURNEDS_[t] == 0, Q_SCALE, ROWS, PAIRS,
+                program, qkv_ptrs[t], q_weight_ptrs[t], k_weight_ptrs[t], cos_ptrs[t], sin_ptrs[t], start_ptr, key_mask_ptrs[t],
+                q_ptrs[t], k_ptrs[t], LENGTHS[t], SAMPLES[t], TABLE_SAMPLES[t], WIDTH, ROWS_PER_TOKEN, WIDTH_HEAD, EPS,
+                TURNEDS_[t], POSITIONS_[t], STARTED, INTERLEAVED or TURNEDS_[t] == 0, Q_SCALE, KEY_MASKS_[t], ROWS, PAIRS,
             )  # fmt: skip
         program -= PROGRAMS[t]
 
@@ -424,8 +430,11 @@ def sizes(streams: tuple[Stream, ...], programs: tuple[int, ...], **more: tuple[
 
 
 @remembered
-def fwd_plan(streams: tuple[Stream, ...], over: str, eps: float, started: bool, layout: str, q_scale: float) -> Plan:
+def fwd_plan(
+    streams: tuple[Stream, ...], over: str, eps: float, started: bool, layout: str, q_scale: float, key_masks: tuple[bool, ...]
+) -> Plan:
     meta = constants(streams, over, eps, started, layout, 512) | dict(Q_SCALE=q_scale)
+    meta |= {name_of("KEY_MASKS_", i): x for i, x in enumerate(key_masks)}
     programs = tuple(s.groups * cdiv(s.rows(meta["WIDTH"]), meta["ROWS"]) for s in streams)
     outs = tuple(Spec((B, L, H, d), dtype) for (B, L, _, H, d), dtype in (s.qkv for s in streams))
     return Plan(
@@ -484,10 +493,12 @@ def weights_plan(parts: tuple[Spec, ...], outs: tuple[Spec, ...]) -> Plan:
     )
 
 
-def norm_forward(run, a, *, over: str, eps: float, layout: str, q_scale: float = 1.0):
+def norm_forward(run, a, key_masks, *, over: str, eps: float, layout: str, q_scale: float = 1.0):
     """q of every stream, and k of every stream."""
-    plan = fwd_plan(streams_of(a), over, eps, a.start_pos is not None, layout, q_scale)
-    outs = run(plan, *a.qkv, *stream_inputs(a))
+    masked = tuple(m is not None for m in key_masks)
+    plan = fwd_plan(streams_of(a), over, eps, a.start_pos is not None, layout, q_scale, masked)
+    instead = (x if m is None else m for m, x in zip(key_masks, a.qkv, strict=True))
+    outs = run(plan, *a.qkv, *stream_inputs(a), *instead)
     return tuple(outs[: len(a.qkv)]), tuple(outs[len(a.qkv) :])
 
 
@@ -510,7 +521,7 @@ def infer(a, **_):
 
 
 def forward(run, a, **static):
-    q, k = norm_forward(run, a, **static)
+    q, k = norm_forward(run, a, (None,) * len(a.qkv), **static)
     return q + k, ()
 
 

@@ -105,8 +105,7 @@ def fold(bind: Callable, arrays, axes, ins: Sequence[Role], outs: Sequence[Role]
         return reshape(x, (n, x.shape[0] // n, *x.shape[1:]), (*spread, *jax.typeof(x).sharding.spec[1:]))
 
     results = map(unfolded, bind(*map(folded, arrays, axes, ins)), outs)
-    results = [x if n == examples else x[:0] for x in results]
-    return results, [0] * len(results)
+    return [x if n == examples else x[:0] for x in results]
 
 
 def names(entry) -> tuple[str, ...]:

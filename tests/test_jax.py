@@ -306,6 +306,57 @@ def test_batch_of_none(f, kernels):
         assert g.shape == x.shape and not g.any()
 
 
+def masked(n: int, lengths: tuple[int, ...], *shape: int, dtype) -> tuple[jax.Array, np.ndarray]:
+    """Tokens of samples of these lengths, NaN behind them, and their mask."""
+    keep = np.arange(n)[None] < np.array(lengths)[:, None]
+    x = randn(len(lengths), n, *shape).astype(dtype)
+    return jnp.where(keep.reshape(*keep.shape, *(1,) * len(shape)), x, jnp.nan), keep
+
+
+def joint_of(q, k, v, c, keys, mask, **how):
+    masks = dict(key_masks=keys, attn_mask=mask, causal=mask is not None)
+    return mmattn_jax.joint_attention((q, c), (k, c), (v, c), **masks, **how)
+
+
+def whole_of(x, c, keys, mask, **how):
+    weights = (np.ones(D, "f4"),) * 2
+    return mmattn_jax.qk_norm_rope_attention((x, c), weights, weights, over="width", key_masks=keys, attn_mask=mask, **how)
+
+
+def linear_of(q, k, v, c, keys, mask, **how):
+    return mmattn_jax.relu_linear_attention((q, c), (k, c), (v, c), key_masks=keys, **how)
+
+
+@pytest.mark.parametrize("debug", [jax.debug_infs, jax.debug_nans], ids=["infs", "nans"])
+@pytest.mark.parametrize("implementation", ["triton", "auto", "reference"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("f, masks", [(joint_of, 1), (joint_of, 2), (whole_of, 1), (whole_of, 2), (linear_of, 1)], ids=label)
+def test_masked_tokens_are_no_debug_errors(f, masks, dtype, implementation, debug, request):
+    """A sample without any token, and rows that a mask leaves empty: finite wherever JAX looks, op by op and under transforms,
+    whatever masked tokens hold."""
+    if implementation == "triton":
+        request.getfixturevalue("kernels")
+    shape = (3, HEADS, D // HEADS) if f is whole_of else (HEADS, D // HEADS)
+    x, keep = masked(L, (0, 4), *shape, dtype=dtype)
+    c, keep_c = masked(C, (0, 2), *shape, dtype=dtype)
+    mask = np.arange(L)[None, :, None] % 3 + np.zeros((2, 1, L)) > 0 if masks == 2 else None
+    run = partial(f, keys=(keep, keep_c), mask=mask, implementation=implementation)
+    arrays = (x, c) if f is whole_of else (x, x, x, c)
+    examples = [jnp.stack([x, x]) for x in arrays]
+    total = lambda *arrays: sum(jnp.sum(y.astype(jnp.float32) ** 2) for y in run(*arrays))
+    with debug(True):
+        jax.block_until_ready((jax.grad(total, tuple(range(len(arrays))))(*arrays), jax.vmap(run)(*examples)))
+
+
+def test_lse_of_an_empty_row_is_minus_infinity(kernels):
+    q, keep = masked(L, (0, 4), HEADS, D // HEADS, dtype="float32")
+    for how in (dict(implementation="triton"), REFERENCE):
+        _, lse = mmattn_jax.joint_attention(q, q, q, key_masks=keep, return_lse=True, **how)
+        assert np.array_equal(np.isneginf(lse), np.broadcast_to(~keep[:, None], lse.shape))
+        with pytest.raises(FloatingPointError), jax.debug_infs(True):
+            mmattn_jax.joint_attention(q, q, q, key_masks=keep, return_lse=True, **how)
+
+
 # Derivatives that the kernels do not have
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from .._triton import tl, triton
 from ..dots import for_dot
 from .tokens import (
+    EMPTY,
     accumulate,
     allowed,
     awake,
@@ -33,17 +34,16 @@ def padded(length, EXACT: tl.constexpr):
 
 @triton.jit
 def store_statistics(ptr, row, token, reach, shift, delta, inside, EXACT: tl.constexpr):
-    """What a score's gradient needs of its row: delta; or minus the shift, -inf for an empty row, and minus delta, side by
-    side, since a pair is fetched by one load and nothing is left to do to them for each tile.
+    """What a score's gradient needs of its row: delta; or minus the shift and minus delta, side by side, since a pair is
+    fetched by one load and nothing is left to do to them for each tile.
 
     `row` counts (sample, head) pairs, each of which has `reach` tokens."""
-    delta = tl.where(shift == float("-inf"), 0.0, delta)
+    delta = tl.where(shift == EMPTY, 0.0, delta)
     if EXACT:
         tl.store(ptr + row * reach + token, delta, mask=inside)
     else:
-        minus_shift = tl.where(shift == float("-inf"), shift, -shift)
         pair = 2 * (row * reach + token)[:, None] + tl.arange(0, 2)[None, :]
-        tl.store(ptr + pair, tl.join(minus_shift, -delta), mask=inside[:, None])
+        tl.store(ptr + pair, tl.join(-shift, -delta), mask=inside[:, None])
 
 
 @triton.jit
@@ -59,8 +59,8 @@ def store_parts(ptr, row, token, reach, shift, delta, inside, SCALE: tl.constexp
     """Three parts of minus the shift divided by SCALE, then of minus delta, then zeros. An empty row's shift is finite, as it
     may be multiplied by 0, and large enough for P to be 0."""
     far: tl.constexpr = -3e38 if SCALE > 0 else 3e38
-    start = tl.where(shift == float("-inf"), far, -shift / SCALE)
-    minus_delta = tl.where(shift == float("-inf"), 0.0, -delta)
+    start = tl.where(shift == EMPTY, far, -shift / SCALE)
+    minus_delta = tl.where(shift == EMPTY, 0.0, -delta)
     cols = tl.arange(0, PARTS)[None, :]
     x = tl.zeros((row.shape[0], PARTS), tl.bfloat16)
     for i in tl.static_range(3):
@@ -120,7 +120,7 @@ def attention_delta_body(
             at = (batch * HEADS + row % HEADS) * LENGTHS[t] + row // HEADS
             if SHIFTED:
                 delta -= tl.load(dlse_ptrs[t] + at, mask=real, other=0.0)
-            shift = tl.load(lse_ptrs[t] + (2 * at if EXACT else at), mask=real, other=float("-inf"))
+            shift = tl.load(lse_ptrs[t] + (2 * at if EXACT else at), mask=real, other=EMPTY)
             pair, token = batch * HEADS + row % HEADS, row // HEADS
             there = row < reach * HEADS
             if LOCK_TOKENS:
@@ -132,15 +132,14 @@ def attention_delta_body(
 
 @triton.jit
 def load_row_statistics(lse_ptr, delta_ptr, row, query, length, EXACT: tl.constexpr):
-    """Minus what a row's scores are shifted by (-inf for an empty row, so that its P is 0), P's factor besides, and minus
-    delta; `row` counts (sample, head) pairs."""
+    """Minus what a row's scores are shifted by, P's factor besides, and minus delta; `row` counts (sample, head) pairs."""
     if EXACT:
         at = row * length + query
         inside = query < length
         delta = tl.load(delta_ptr + at, mask=inside, other=0.0)
-        shift = tl.load(lse_ptr + 2 * at, mask=inside, other=float("-inf"))
+        shift = tl.load(lse_ptr + 2 * at, mask=inside, other=EMPTY)
         factor = tl.div_rn(tl.full(query.shape, 1.0, tl.float32), tl.load(lse_ptr + 2 * at + 1, mask=inside, other=1.0))
-        return tl.where(shift == float("-inf"), shift, -shift), factor, -delta
+        return -shift, factor, -delta
     else:
         pair = tl.load(delta_ptr + 2 * (row * padded(length, EXACT) + query)[:, None] + tl.arange(0, 2)[None, :])
         minus_shift, minus_delta = tl.split(pair)

@@ -26,6 +26,7 @@ import math
 from .._triton import tl, triton
 from ..dots import for_dot
 from .tokens import (
+    EMPTY,
     accumulate,
     allowed,
     awake,
@@ -173,7 +174,6 @@ def store_rows(
     """Outputs and log-sum-exps from accumulated output [QUERIES, COLS], row sum and shift [QUERIES]."""
     seen = keep & (total != 0)  # NaN is not 0, and must not be silent
     total = tl.where(seen, total, 1.0)
-    top = tl.where(seen, top, float("-inf"))
     for i in tl.static_range(len(acc)):
         o = tl.div_rn(acc[i], tl.broadcast_to(total[:, None], acc[i].shape)) if EXACT else acc[i] * (1.0 / total)[:, None]
         o = tl.where(seen[:, None], o, 0.0)
@@ -182,15 +182,15 @@ def store_rows(
     at = (batch * HEADS + head) * length + query
     if EXACT:
         # One number would be off by half an ulp of the logits, and a row's whole gradient with it.
-        tl.store(lse_ptr + 2 * at, top, mask=query < length)
+        tl.store(lse_ptr + 2 * at, tl.where(seen, top, EMPTY), mask=query < length)
         tl.store(lse_ptr + 2 * at + 1, total, mask=query < length)
         log = top + tl.log(total)
     else:
         lse = top + tl.log2(total)
-        tl.store(lse_ptr + at, lse, mask=query < length)
+        tl.store(lse_ptr + at, tl.where(seen, lse, EMPTY), mask=query < length)
         log = lse * LN2
     if LOGS:
-        tl.store(log_ptr + at, log, mask=query < length)
+        tl.store(log_ptr + at, tl.where(seen, log, float("-inf")), mask=query < length)
 
 
 @triton.jit

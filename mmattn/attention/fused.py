@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..op import Array, Call, Op, Operands, Spec, Streams, cast, spec
+from ..op import Array, Call, Op, Operands, Spec, Streams, spec
 from ..qk_norm_rope import norm_backward, norm_forward, norm_operands, norm_reference
 from .joint import attention_reference, attention_result, attention_static, infer, mask_operands, silenced
 from .plans import attention_backward, attention_forward, folded_scale
@@ -40,7 +40,7 @@ def fused_infer(a, **static):
 def fused_forward(run, a, **static):
     norm, attention = parts(static)
     q_scale, known = seam(a, **attention)
-    b = on_packed(a, *norm_forward(run, a, q_scale=q_scale, **norm))
+    b = on_packed(a, *norm_forward(run, a, a.key_masks, q_scale=q_scale, **norm))
     outs, residuals = attention_forward(run, b, **attention, **known)
     return outs, b.q + b.k + residuals
 
@@ -63,9 +63,7 @@ def fused_reference(xp, a, *, return_lse, causal, scale, precision, **norm):
         for part, weights in ((0, a.q_weight), (1, a.k_weight))
     )
     v = tuple(x[:, :, 2] for x in streams)
-    o, lse = attention_reference(xp, q, k, v, a.attn_mask, a.key_masks, causal=causal, scale=scale)
-    o = tuple(cast(x, spec(a.qkv[0]).dtype) for x in o)
-    return o + lse if return_lse else o
+    return attention_reference(xp, q, k, v, a.attn_mask, a.key_masks, causal=causal, scale=scale, return_lse=return_lse)
 
 
 qk_norm_rope_attention_op = Op(

@@ -26,6 +26,7 @@ from .._gluon import (
 )
 from .._triton import triton
 from .hopper import exponentials, ones_at
+from .tokens import EMPTY
 
 ROWS = gl.constexpr(64)  # tokens of a block: what one wgmma multiplies
 WIDTH = gl.constexpr(16)  # of a head, and of rows of parts
@@ -114,7 +115,7 @@ def fetch(
             copy_tile(o_smem.index(len(lse)), o_ptrs[i], batch, head, b * ROWS, LENGTHS[i], row_stride, keep)
             row = b * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, CHUNKS))
             line = (batch * HEADS + head) * LENGTHS[i]
-            lse = lse + (gl.load(lse_ptrs[i] + line + row, mask=keep, other=float("-inf")),)
+            lse = lse + (gl.load(lse_ptrs[i] + line + row, mask=keep, other=EMPTY),)
             if SHIFTED:
                 dlse = dlse + (gl.load(dlse_ptrs[i] + line + row, mask=keep, other=0.0),)
     commit_copies()
@@ -335,7 +336,7 @@ def joint_attention_hopper_short_bwd_body(
             delta = gl.sum(o.to(gl.float32) * do.to(gl.float32), 1)
             if SHIFTED:
                 delta -= dlse[b]
-            empty = lse[b] == float("-inf")
+            empty = lse[b] == EMPTY
             rows = with_columns(gl.zeros_like(o), gl.where(empty, -1e30, lse[b] * (-1.0 / SCALE)), 0)
             arrived = arrived + (with_columns(rows, gl.where(empty, 0.0, -delta), 3),)
         for b in gl.static_range(TOTAL):

@@ -56,7 +56,7 @@ def silenced(xp, x, mask):
 def joined(xp, q, k, v, key_masks) -> list:
     """q, k and v of all streams end to end, wide, masked tokens at 0."""
     dtype = widest(*q, *k, *v)
-    silent = lambda xs: [silenced(xp, cast(x, dtype), m) for x, m in zip(xs, key_masks, strict=True)]
+    silent = lambda xs: [cast(silenced(xp, x, m), dtype) for x, m in zip(xs, key_masks, strict=True)]
     return [xp.concatenate(silent(xs), axis=1) for xs in (q, k, v)]
 
 
@@ -74,27 +74,31 @@ def per_query_head(xp, x, heads: int):
     return xp.broadcast_to(x[:, :, :, None], (B, L, kv_heads, heads // kv_heads, d)).reshape(B, L, heads, d)
 
 
-def attention_reference(xp, q, k, v, attn_mask, key_masks, *, causal: bool, scale: float):
-    """Outputs and log-sum-exps per stream, wide."""
-    lengths = [x.shape[1] for x in q]
+HIDDEN = -3e38  # in place of a hidden key's score: less than any, but finite, since JAX's debug_infs looks at every array
+
+
+def attention_reference(xp, q, k, v, attn_mask, key_masks, *, causal: bool, scale: float, return_lse: bool):
+    """Outputs per stream in v's dtype, followed by the log-sum-exps where they are wanted, wide."""
+    dtype, lengths = spec(v[0]).dtype, [x.shape[1] for x in q]
     mask = joint_mask(xp, q, attn_mask, key_masks, causal)[:, None]
     q, k, v = joined(xp, q, k, v, key_masks)
     k, v = (per_query_head(xp, x, q.shape[2]) for x in (k, v))
-    s = xp.where(mask, xp.einsum("bqhd,bkhd->bhqk", q, k) * scale, -math.inf)
+    s = xp.where(mask, xp.einsum("bqhd,bkhd->bhqk", q, k) * scale, HIDDEN)
     largest = xp.amax if sum(lengths) else xp.sum  # of no score at all there is no maximum, but a sum
     top = largest(s, axis=-1, keepdims=True)
-    seen = top > -math.inf
-    p = xp.exp(s - xp.where(seen, top, xp.zeros_like(top)))
-    total = xp.where(seen, xp.sum(p, axis=-1, keepdims=True), xp.ones_like(top))
-    o = xp.einsum("bhqk,bkhd->bqhd", p / total, v)
-    lse = xp.where(seen, xp.log(total) + top, -math.inf)[..., 0]
-    return split_streams(o, lengths, 1), split_streams(lse, lengths, 2)
+    p = xp.where(mask, xp.exp(s - top), 0.0)
+    total = xp.sum(p, axis=-1, keepdims=True)
+    seen = total != 0  # NaN is not 0, and must not be silent
+    total = xp.where(seen, total, 1.0)
+    o = split_streams(xp.einsum("bhqk,bkhd->bqhd", p / total, v), lengths, 1)
+    o = tuple(cast(x, dtype) for x in o)
+    if not return_lse:
+        return o
+    return o + split_streams(xp.where(seen, xp.log(total) + top, -math.inf)[..., 0], lengths, 2)
 
 
-def reference(xp, a, *, return_lse, causal, scale, precision):
-    o, lse = attention_reference(xp, a.q, a.k, a.v, a.attn_mask, a.key_masks, causal=causal, scale=scale)
-    o = tuple(cast(x, spec(a.v[0]).dtype) for x in o)
-    return o + lse if return_lse else o
+def reference(xp, a, *, precision, **static):
+    return attention_reference(xp, a.q, a.k, a.v, a.attn_mask, a.key_masks, **static)
 
 
 joint_attention_op = Op(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from .._triton import tl, triton
 from .forward import LN2, gather, load_all_keys, outputs_of, shifted_softmax, sums_in_range
-from .tokens import kept, load_queries, piece_of, stream_of, zero_head
+from .tokens import EMPTY, kept, load_queries, piece_of, stream_of, zero_head
 
 
 @triton.jit
@@ -95,10 +95,10 @@ def joint_attention_short_fwd_body(
         at, inside = piece_of(batch, head, query, length, 0, HEADS, WIDTH, COLS)
         tl.store(o_ptr + at, o.to(dtype), mask=inside)
         at = (batch * HEADS + head) * length + query
-        lse = tl.where(keep, tl.log2(sums), float("-inf"))
-        tl.store(lse_ptr + at, lse, mask=query < length)
+        lse = tl.log2(sums)
+        tl.store(lse_ptr + at, tl.where(keep, lse, EMPTY), mask=query < length)
         if LOGS:
-            tl.store(log_ptr + at, lse * LN2, mask=query < length)
+            tl.store(log_ptr + at, tl.where(keep, lse * LN2, float("-inf")), mask=query < length)
         query, keep, q = next_query, next_keep, next_q
     fine &= tl.min((largest < float("inf")).to(tl.int32), 1)
     if tl.min(fine, 0) == 0:

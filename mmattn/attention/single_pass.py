@@ -12,7 +12,7 @@ A head of few blocks is straight code without a loop, and a program walks heads:
 from __future__ import annotations
 
 from .._triton import tl, triton
-from .tokens import kept, load_tokens, pair_sum, piece_of, scaled
+from .tokens import EMPTY, kept, load_tokens, pair_sum, piece_of, scaled
 
 
 @triton.jit
@@ -101,7 +101,7 @@ def head_gradients(
             q = q + (load_tokens(q_ptr, batch, query, LENGTHS[i], Q_STRIDES_[i], cols, WIDTH, keep, False).to(dtype),)
             do = do + (load_tokens(do_ptr, batch, query, LENGTHS[i], row_stride, cols, WIDTH, keep, False),)
             o = o + (load_tokens(o_ptr, batch, query, LENGTHS[i], row_stride, cols, WIDTH, keep, False),)
-            lse = lse + (tl.load(lse_ptrs[i] + row, mask=query < LENGTHS[i], other=float("-inf")),)
+            lse = lse + (tl.load(lse_ptrs[i] + row, mask=query < LENGTHS[i], other=EMPTY),)
             if SHIFTED:
                 dlse = dlse + (tl.load(dlse_ptrs[i] + row, mask=query < LENGTHS[i], other=0.0),)
             if not LOOP:
@@ -112,7 +112,7 @@ def head_gradients(
         delta = tl.reshape(pair_sum(o[b].to(tl.float32) * do[b].to(tl.float32)), (QUERIES,))
         if SHIFTED:
             delta -= dlse[b]
-        empty = lse[b] == float("-inf")
+        empty = lse[b] == EMPTY
         shift = tl.where(empty, -1e30, lse[b] * (-1.0 / SCALE))
         delta = tl.where(empty, 0.0, -delta)
         if WIDTH + 3 <= COLS:

@@ -10,6 +10,9 @@ from .._triton import tl, triton
 from ..dots import for_dot
 
 INVERSE_FACTORIALS = tl.constexpr((1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0))
+# What the backward is told of a row without any key in place of its log-sum-exp, which is minus infinity: finite, since JAX's
+# debug_infs looks at residuals that no user has asked for, and so large that a score less it has P = 0.
+EMPTY: tl.constexpr = tl.constexpr(2.0**127)
 
 
 @triton.jit
