@@ -107,8 +107,50 @@ def rule(kind: str, cols: int, dtype: str, keys: int, masked: bool) -> tuple[dic
     return unshifted_tiles(cols, dtype, keys, masked) if kind == "unshifted" else backward_tiles(kind, cols, keys, masked)
 
 
+SMALLER = ((64, 64), (64, 32), (32, 32))
+"""Queries and keys of the tiles that follow where shared memory holds no larger ones, 99 KB on an RTX 3090, 4090 or 5090. At head
+width 128 in bfloat16 dq takes the first, which spills nothing on sm_86, sm_89 and sm_120, in place of 128 queries."""
+
+
+def shared_bytes(a, kind: str, tile: dict[str, int], stages: int) -> int:
+    """Bytes of shared memory that "fwd", "unshifted", "dq" or "dkdv" asks for, at most: tests/test_plans.py asks the compiler.
+
+    A program keeps tiles of its own, q (and do), or k and v; it walks the others, of which as many copies are in flight as are
+    loaded ahead. Besides, threads exchange P and dS, an operand that is wanted transposed, or tiles that a key mask silences.
+    This holds where tensor cores read registers. Those that read shared memory ask for up to half as much again, and have it:
+    such GPUs have 227 KB.
+    """
+    size = lambda x: 4 if spec(x).dtype == "float32" else 2
+    q, k, v = size(a.q[0]), size(a.k[0]), size(a.v[0])
+    own, walked = (tile["KEYS"], tile["QUERIES"]) if kind == "dkdv" else (tile["QUERIES"], tile["KEYS"])
+    forward = kind in ("fwd", "unshifted")
+    kept = own * tile["COLS"] * v * (1 if forward else 2)
+    row = tile["COLS"] * (q + v) + 8 if kind == "dkdv" else tile["COLS"] * (k + v)  # with two statistics
+    in_flight = max(1, stages - 1) * walked * row
+    exchanged = 0 if kind == "unshifted" else max(2 * tile["QUERIES"] * tile["KEYS"] * v, walked * tile["COLS"] * v)
+    if has_key_masks(a) and kind in ("fwd", "dq"):
+        exchanged = max(exchanged, 2 * walked * tile["COLS"] * v)
+    return max(32 * 1024, kept + in_flight + exchanged)
+
+
+def fitting(target: Target, a, kind: str, best: tuple[dict[str, int], int, int]) -> tuple[dict[str, int], int, int]:
+    """The best configuration where the GPU has the shared memory for it, else with fewer stages, else in a smaller tile."""
+    tile, warps, stages = best
+    ladder = [(tile, warps, n) for n in range(stages, 0, -1)]
+    for queries, keys in SMALLER:
+        smaller = tile | dict(QUERIES=min(queries, tile["QUERIES"]), KEYS=min(keys, tile["KEYS"]))
+        ladder.append((smaller, warps, min(stages, 2)))
+    return next((c for c in ladder if shared_bytes(a, kind, c[0], c[2]) <= target.shared), ladder[-1])
+
+
 def configuration(target: Target, a, kind: str, causal: bool, precision: str) -> tuple[dict[str, int], int, int]:
     """Tile, warps and stages of a kernel: "fwd", with a running maximum, "unshifted", "single", "dq" or "dkdv"."""
+    best = preferred(target, a, kind, causal, precision)
+    return best if kind == "single" or is_exact(a, precision) else fitting(target, a, kind, best)
+
+
+def preferred(target: Target, a, kind: str, causal: bool, precision: str) -> tuple[dict[str, int], int, int]:
+    """`configuration` where shared memory is no limit."""
     d, dtype, keys = a.q[0].shape[3], spec(a.v[0]).dtype, sum(lengths(a))
     masked = a.attn_mask is not None or causal or (kind == "unshifted" and has_key_masks(a))
     cols = columns(target, kind, d, dtype, masked)
