@@ -35,7 +35,7 @@ from mmattn import Row
 from mmattn.op import FLOATS, next_power_of_2
 
 # Sizes. The interpreter takes some ten milliseconds for each tile of a kernel; float64 takes the memory of the host.
-TILES = 4096 if GPU else 24  # of 1024 elements in a norm, of 64 by 64 scores in attention
+TILES = 4096 if GPU else 16  # of 1024 elements in a norm, of 64 by 64 scores in attention
 LENGTHS = (3, 1, 2, 5, 8, 16, 17, 31, 37, 64, 65, 0, 100, 130, 257, 400) + (777, 1024, 2047) * GPU
 BATCHES = (2, 1, 3, 0, 5, 9) + (40, 257) * GPU
 WIDTHS = (16, 8, 24, 48, 64, 72, 96, 128, 136, 200, 256, 384, 520, 768, 1024, 1104) + (1536, 3072, 4104, 8200, 16384) * GPU
@@ -620,7 +620,7 @@ def judge(call: Call, framework, implementation: str) -> list[Result]:
         for name, norm, error, budget in frameworks.judge(case, call.dtype, result):
             if implementation == "reference":  # sums in the framework's order; gradients are rounded where values are
                 budget = 4 * budget + EPS[call.dtype]
-            if not error <= budget and not error <= budget + 4 * sensitivity(case, call.dtype, name, norm):
+            if not error <= budget and not error <= budget + 8 * noise(case, call.dtype, name, norm):
                 raise Wrong(
                     "not finite" if np.isnan(error) else "inaccurate",
                     f"{where}: {name} has {norm} error {error:.3g}, budget {budget:.3g}",
@@ -633,27 +633,48 @@ def judge(call: Call, framework, implementation: str) -> list[Result]:
     return results
 
 
-def sensitivity(case: Case, dtype: str, name: str, norm: str) -> float:
-    """How far the formula in float64 moves when every operand moves by an ulp of float32, or by half an ulp where dots round it.
+def noise(case: Case, dtype: str, name: str, norm: str) -> float:
+    """How far the formula in float32 may be from float64, by chance, when every operand moves by an ulp.
 
-    Where it moves far, as the norm of a constant row does, no float32 arithmetic has the digits, and which of two is closer to
-    float64 is chance.
+    Where that is far, as in the norm of a constant row or the gradient of q where there is one key, float32 has not the digits,
+    and how close two ways to compute the same come to float64 is luck.
     """
-    exact = frameworks.formula_in(case, dtype, "float64")
-    moved = moved_formula(case, dtype)
-    return frameworks.distance(moved.values[name], exact.values[name], frameworks.NORMS[norm])
+    exact = frameworks.formula_in(case, dtype, "float64").values[name]
+    return max(frameworks.distance(moved[name], exact, frameworks.NORMS[norm]) for moved in moved_formulas(case, dtype))
 
 
 @frameworks.recent
-def moved_formula(case: Case, dtype: str) -> Result:
-    ulp = max(EPS["float32"], EPS[dtype] / 2 if case.call in frameworks.SOFTMAX else 0.0)
-    rng = case.rng()
-    leaves = dict(walk(case.operands))
-    shift = lambda x: x * (1 + ulp * rng.choice((-1.0, 1.0), x.shape))
-    arrays = {name: shift(x) if leaves[name].differentiable else x for name, x in frameworks.operands(case, dtype).items()}
-    dtypes = {name: "float64" if leaf.differentiable else leaf.dtype for name, leaf in leaves.items()}
+def moved_formulas(case: Case, dtype: str) -> list[dict[str, np.ndarray]]:
+    """The formula in float32 at operands an ulp away: of float32, or half an ulp of dtype where something is rounded within."""
+    softmax = case.call in frameworks.SOFTMAX
+    within = softmax or case.call in frameworks.ROUNDS_WITHIN
+    given = case.static.get("return_lse")
+    place = lambda name: name if given else f"out[0]{name.removeprefix('out')}"  # of an output beside its log-sum-exp
+    ulp = max(EPS["float32"], EPS[dtype] / 2 if within else 0.0)
+    rng, leaves = case.rng(), dict(walk(case.operands))
+    sign = lambda x: rng.choice((-1.0, 1.0), x.shape)
+    dtypes = {name: "float32" if leaf.differentiable else leaf.dtype for name, leaf in leaves.items()}
     formula = frameworks.framework_of(INSTALLED[0]).formula
-    return formula(case, arrays, frameworks.cotangents(case, dtype), dtypes, "float64")
+    results = []
+    for _ in range(3):
+        arrays = frameworks.operands(case, dtype)
+        arrays = {name: x * (1 + ulp * sign(x)) if leaves[name].differentiable else x for name, x in arrays.items()}
+        douts = frameworks.cotangents(case, dtype)
+        if not softmax:
+            results.append(formula(case, arrays, douts, dtypes, "float32").values)
+            continue
+        # The backward takes delta, the sum of o * do, from the rounded o. An error of delta is one of lse's gradient.
+        outs = {place(name): x for name, x in frameworks.exact_outputs(case, dtype).items()}
+        outs = {name: x for name, x in outs.items() if name.startswith("out[0]")}
+        douts = {place(name): x for name, x in douts.items()}
+        for name, o in outs.items():
+            error = EPS[dtype] * np.sqrt(np.sum((o * douts[name]) ** 2, -1)).swapaxes(1, 2)
+            lse = name.replace("out[0]", "out[1]", 1)
+            douts[lse] = douts.get(lse, 0.0) + error * sign(error)
+        moved = formula(case._replace(static=case.static | dict(return_lse=True)), arrays, douts, dtypes, dtype).values
+        names = {place(name): name for name in frameworks.cotangents(case, dtype)}
+        results.append({names.get(name, name): x for name, x in moved.items()})
+    return results
 
 
 def same_bits(a: Result, b: Result, where: str) -> None:

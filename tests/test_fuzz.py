@@ -22,7 +22,7 @@ def search(seed: int, ops: list[str], seconds: float, most: int) -> None:
 @pytest.mark.parametrize("op", fuzz.OPS)
 def test_random_calls(op):
     """The same calls everywhere, of which a slow machine makes fewer."""
-    search(0, [op], seconds=60 / len(fuzz.OPS), most=20)
+    search(0, [op], seconds=45 / len(fuzz.OPS), most=20)
 
 
 @pytest.mark.gpu
