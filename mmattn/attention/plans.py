@@ -116,7 +116,7 @@ def shared_bytes(a, kind: str, tile: dict[str, int], stages: int) -> int:
     """Bytes of shared memory that "fwd", "unshifted", "dq" or "dkdv" asks for, at most: tests/test_plans.py asks the compiler.
 
     A program keeps tiles of its own, q (and do), or k and v; it walks the others, of which as many copies are in flight as are
-    loaded ahead. Besides, threads exchange P and dS, an operand that is wanted transposed, or tiles that a key mask silences.
+    loaded ahead. Besides, threads exchange P and dS, or what they walk once more: transposed, silenced by a key mask, in tf32.
     This holds where tensor cores read registers. Those that read shared memory ask for up to half as much again, and have it:
     such GPUs have 227 KB.
     """
@@ -128,7 +128,7 @@ def shared_bytes(a, kind: str, tile: dict[str, int], stages: int) -> int:
     row = tile["COLS"] * (q + v) + 8 if kind == "dkdv" else tile["COLS"] * (k + v)  # with two statistics
     in_flight = max(1, stages - 1) * walked * row
     exchanged = 0 if kind == "unshifted" else max(2 * tile["QUERIES"] * tile["KEYS"] * v, walked * tile["COLS"] * v)
-    if has_key_masks(a) and kind in ("fwd", "dq"):
+    if kind != "unshifted" and (v == 4 or (has_key_masks(a) and kind != "dkdv")):
         exchanged = max(exchanged, 2 * walked * tile["COLS"] * v)
     return max(32 * 1024, kept + in_flight + exchanged)
 
