@@ -317,6 +317,8 @@ def describe(args, key: list, tensors: list[Tensor], addresses: list[int]) -> bo
             except RuntimeError:  # of a nested tensor
                 return False
             address = x.data_ptr()
+            if not address and 0 not in shape:  # zeros that autograd has not put into memory
+                return False
             tensors.append(x)
             addresses.append(address)
             key += (shape, x.is_contiguous() or x.stride(), x.dtype, x.device, address % 16 == 0)
@@ -403,7 +405,10 @@ class Operators(NamedTuple):
 
 
 def readable(op: Op, owner: str | None, x: Tensor) -> Tensor:
-    """x as the kernels read it: contiguous, or through a row stride where they can."""
+    """x as the kernels read it: what it says is in memory, contiguous, or with a row stride where they can read through it."""
+    if not x.data_ptr() and x.numel():
+        x = x.new_zeros(x.shape)
+    x = x.resolve_neg()
     if x.is_contiguous():
         return x
     dense = op.dense.get(owner)
@@ -484,7 +489,8 @@ class Forward(_SingleLevelFunction):
     def backward(ctx, *douts: Tensor | None):
         (m, outs), kept = ctx.kept, ctx.saved_tensors
         douts = [
-            kept[0].new_zeros(shape, dtype=dtype) if d is None else d for d, (shape, dtype) in zip(douts, outs, strict=False)
+            kept[0].new_zeros(shape, dtype=dtype) if d is None else d if d.layout is torch.strided else d.to_dense()
+            for d, (shape, dtype) in zip(douts, outs, strict=False)
         ]
         if not torch.is_grad_enabled() and plain() and {*map(type, kept), *map(type, douts)} <= PLAIN:
             grads = differentiate(m, kept, douts)

@@ -199,6 +199,63 @@ def test_kernels_equal_formula(f, kernels):
     same(got, with_gradients(lambda *a: f(*a, **REFERENCE), arguments), 1e-4)
 
 
+def negated(x):
+    """x by torch's negative bit: in memory is -x."""
+    return torch._neg_view(-x) if x.is_floating_point() else x
+
+
+def imaginary(x):
+    """x as the imaginary part of a conjugate: in memory is -x, with gaps."""
+    return torch.complex(torch.zeros_like(x), -x).conj().imag if x.is_floating_point() else x
+
+
+def shifted(x):
+    """x from an address that is no multiple of 16 bytes."""
+    memory = x.new_empty(x.numel() + 1)
+    return memory[1:].copy_(x.reshape(-1)).view(x.shape)
+
+
+def spread(x):
+    """x with a stride of 2 between its numbers."""
+    return torch.stack([x, x], -1)[..., 0]
+
+
+class Wrapped(torch.Tensor):
+    """A subclass that changes nothing."""
+
+
+LOOKS = (negated, imaginary, shifted, spread, lambda x: x.as_subclass(Wrapped), torch.Tensor.to_sparse)
+each_look = pytest.mark.parametrize("look", LOOKS, ids=["negated", "imaginary", "shifted", "spread", "subclass", "sparse"])
+
+
+@each_look
+@every_function
+def test_memory_that_is_not_what_a_tensor_says(f, look, kernels):
+    """Operands and cotangents whose numbers are elsewhere than in contiguous memory, or are not there."""
+    arguments = operands(f, 2, 7)
+    leaves = [x for x in arguments if x.requires_grad]
+    out = f(*arguments)
+    dout = randn(*out.shape, seed=7)
+    want = out, *torch.autograd.grad(out, leaves, dout, retain_graph=True)
+    got = out, *torch.autograd.grad(out, leaves, look(dout))
+    same(got, want, 0)
+    if look is not torch.Tensor.to_sparse:  # which the operands may not be
+        alike = [look(x.detach()).requires_grad_(x.requires_grad) for x in arguments]
+        out = f(*alike)
+        same((out, *torch.autograd.grad(out, [x for x in alike if x.requires_grad], look(dout))), want, 0)
+
+
+@every_function
+def test_cotangents_of_one_number_or_without_memory(f, kernels):
+    arguments = operands(f, 2, 7)
+    leaves = [x for x in arguments if x.requires_grad]
+    out = f(*arguments)
+    gradients = lambda dout: torch.autograd.grad(out, leaves, dout, retain_graph=True)
+    one = out.new_ones(())
+    same(gradients(one.expand(out.shape)), gradients(one.expand(out.shape).contiguous()), 0)
+    same(gradients(torch._efficientzerotensor(out.shape, device=out.device)), gradients(torch.zeros_like(out)), 0)
+
+
 @every_function
 def test_fallback_equals_formula(f, cpu):
     """torch's fused code, where there are no kernels, against the formula that an explicit request gets."""
