@@ -18,7 +18,7 @@ from __future__ import annotations
 from . import check
 from ._triton import tl, triton
 from .adaln.op import norm
-from .op import UNUSED, Array, Call, Op, Plan, Row, Spec, Target, Vector, cast, cdiv, groups, remembered, spec, wide
+from .op import UNUSED, Array, Call, Op, Plan, Row, Spec, Target, Vector, cast, cdiv, groups, remembered, spec, wide, widened
 from .rows import (
     SUM_WARPS,
     affine,
@@ -380,19 +380,19 @@ def backward(run, a, outs, extras, douts, **static):
 
 
 def reference(xp, a, *, center, eps, h_eps, gate_fn, gate_row, scale_row, shift_row, norm=norm):
-    dtype, h, gate = spec(a.residual).dtype, wide(a.h), per_sample(a.gate, gate_row)
-    if a.h_weight is not None:
-        weight = wide(a.h_weight)
+    dtype, w = spec(a.residual).dtype, widened(a, "residual", "h", *VECTORS)
+    h, gate, weight = w.h, per_sample(w.gate, gate_row), w.h_weight
+    if weight is not None:
         if len(weight.shape) == 2:
             G, D = weight.shape
             weight = xp.broadcast_to(weight[:, None], (G, h.shape[0] // G, D)).reshape(h.shape[0], 1, D)
         h = norm(xp, h, eps=h_eps, center=False) * weight
-    r = cast(wide(a.residual) + (xp.tanh(gate) if gate_fn == "tanh" else gate) * h, dtype)
+    r = cast(w.residual + (xp.tanh(gate) if gate_fn == "tanh" else gate) * h, dtype)
     y = norm(xp, wide(r), eps=eps, center=center)
-    if a.scale is not None:
-        y = y * (1 + per_sample(a.scale, scale_row))
-    if a.shift is not None:
-        y = y + per_sample(a.shift, shift_row)
+    if w.scale is not None:
+        y = y * (1 + per_sample(w.scale, scale_row))
+    if w.shift is not None:
+        y = y + per_sample(w.shift, shift_row)
     return r, cast(y, dtype)
 
 

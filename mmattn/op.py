@@ -242,6 +242,16 @@ def widest(*arrays) -> str:
     return "float64" if any(dtype_name(x) == "float64" for x in arrays) else "float32"
 
 
+def widened(a, *names: str) -> Operands:
+    """These operands in the dtype that a formula takes them in together.
+
+    A formula widens first. Were a 16-bit table gathered or a vector broadcast before, its gradient would be summed in 16 bits.
+    """
+    given = {name: getattr(a, name) for name in names}
+    dtype = widest(*(x for x in given.values() if x is not None))
+    return Operands(**{name: None if x is None else cast(x, dtype) for name, x in given.items()})
+
+
 def cast(x, dtype: str):
     if dtype_name(x) == dtype:
         return x

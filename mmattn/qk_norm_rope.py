@@ -33,6 +33,7 @@ from .op import (
     spec,
     ungrouped,
     wide,
+    widest,
 )
 from .rows import row_and_columns, sum_chunks
 from .streams import integers, name_of, over_streams
@@ -105,8 +106,9 @@ def load_rotation(
 ):  # fmt: skip
     """cos and sin [ROWS, PAIRS] of each row's position, which is clamped to the table; 1 and 0 for pairs that are not turned."""
     position = token
-    if STARTED:
-        position += tl.load(start_ptr + b, mask=inside, other=0).to(token.dtype)
+    if STARTED:  # clamped before the addition too, which may leave the 32 bits, as may a start of 64
+        start = tl.load(start_ptr + b, mask=inside, other=0)
+        position += tl.minimum(tl.maximum(start, -(2**30)), POSITIONS - 1).to(token.dtype)
     position = tl.minimum(tl.maximum(position, 0), POSITIONS - 1)
     pair = tl.arange(0, PAIRS) % (WIDTH_HEAD // 2)
     at = (table + position)[:, None] * TURNED + pair[None, :]
@@ -536,8 +538,11 @@ def rotate(xp, x, cos, sin, start_pos, layout: str):
     if not B:
         return x
     turned = cos.shape[-1]
-    at = xp.arange(L, like=cos)[None] if start_pos is None else start_pos[:, None] + xp.arange(L, like=start_pos)[None]
-    at = xp.clip(at, 0, cos.shape[-2] - 1)
+    last = cos.shape[-2] - 1
+    at = xp.arange(L, like=cos)[None]
+    if start_pos is not None:  # clamped before the addition too, which may leave the dtype's range
+        at = xp.clip(start_pos, -L, last)[:, None] + xp.arange(L, like=start_pos)[None]
+    at = xp.clip(at, 0, last)
     if len(cos.shape) == 2:
         c, s = (wide(t)[at][:, :, None] for t in (cos, sin))  # (1 or B, L, 1, turned)
     else:
@@ -558,7 +563,7 @@ def rotate(xp, x, cos, sin, start_pos, layout: str):
 def norm_reference(xp, x, weight, cos, sin, start_pos, *, over: str, eps: float, layout: str):
     """RMSNorm and rotation of x (B, L, H, d), wide."""
     B, L, H, d = x.shape
-    x, weight = wide(x), wide(weight)
+    x, weight = wide(x), cast(weight, widest(x))
     x = x.reshape(B, L, 1, H * d) if over == "width" else x
     x = x / xp.sqrt(xp.mean(x * x, axis=-1, keepdims=True) + eps)
     if len(weight.shape) == 2:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from . import check
 from ._triton import tl, triton
-from .op import Array, Call, Op, Plan, Row, Spec, Target, Vector, cast, cdiv, remembered, spec, wide
+from .op import Array, Call, Op, Plan, Row, Spec, Target, Vector, cast, cdiv, remembered, spec, widened
 from .rows import config, gradient_spec, load_tile, load_vector, per_sample, row_meta, split, store_sums, sum_chunks_plan, tile
 
 
@@ -121,8 +121,8 @@ def backward(run, a, outs, extras, douts, *, gate_row):
 
 
 def reference(xp, a, *, gate_row):
-    out = wide(a.residual) + per_sample(a.gate, gate_row) * wide(a.h)
-    return (cast(out, spec(a.residual).dtype),)
+    w = widened(a, "residual", "h", "gate")
+    return (cast(w.residual + per_sample(w.gate, gate_row) * w.h, spec(a.residual).dtype),)
 
 
 gated_residual_op = Op(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from . import tuned
 from ._triton import tl, triton
-from .op import Plan, Spec, Target, cdiv, next_power_of_2, remembered, row_stride, spec, wide
+from .op import Plan, Spec, Target, cdiv, next_power_of_2, remembered, row_stride, spec
 
 
 @triton.jit
@@ -240,6 +240,5 @@ def gradient_spec(v, row: int | None) -> Spec:
 
 
 def per_sample(v, row: int | None):
-    """(B, D), (B, 1, D) or row of (B, M, D) -> (B, 1, D), wide."""
-    v = wide(v)
+    """(B, D), (B, 1, D) or row of (B, M, D) -> (B, 1, D)."""
     return v[:, row : row + 1] if row is not None else v.reshape(v.shape[0], 1, v.shape[-1])

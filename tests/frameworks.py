@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache, lru_cache, partial
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -149,6 +149,14 @@ class Torch:
         results = outs | {f"d{name}": grad for name, grad in zip(wanted, grads, strict=True)}
         return Result({name: self.get(x) for name, x in results.items()}, {name: dtype_name(x) for name, x in results.items()})
 
+    def compiled(self, function):
+        """function, which no longer sees values."""
+        return self.torch.compile(function, backend="eager", fullgraph=True)
+
+    def wide_integers(self):
+        """Where int64 stays int64."""
+        return nullcontext()
+
     @contextmanager
     def products(self, precision: str):
         """float32 products in tf32, else IEEE."""
@@ -222,6 +230,12 @@ class Jax:
         widest = "float64" if "float64" in dtypes.values() else "float32"  # no 16-bit dtype holds all values of another
         results = outs_and_grads(arrays, {name: self.put(x, widest) for name, x in douts.items()})
         return Result({name: self.get(x) for name, x in results.items()}, {name: dtype_name(x) for name, x in results.items()})
+
+    def compiled(self, function):
+        return self.jax.jit(function)
+
+    def wide_integers(self):
+        return self.jax.enable_x64(True)
 
     def products(self, precision: str):
         return self.jax.default_matmul_precision("tensorfloat32" if precision == "tf32" else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import lru_cache
 
 import frameworks
@@ -95,3 +96,33 @@ def test_results_merge_across_calls_by_their_lse(framework, kernels):
     weight = np.exp(log - lse).swapaxes(2, 3)[..., None]
     assert np.abs(weight.sum(0) - 1).max() < 1e-5
     assert np.abs((weight * o).sum(0) - whole).max() < 1e-5
+
+
+EXTREMES = [
+    ("int32", 2**31 - 2, 63),
+    ("int32", -(2**31), 0),
+    ("int64", 2**62, 63),
+    ("int64", 2**63 - 1, 63),
+    ("int64", -(2**63), 0),
+]
+
+
+@pytest.mark.parametrize("dtype, start, row", EXTREMES)
+@pytest.mark.parametrize("implementation", ["triton", "reference"])
+def test_start_positions_are_clamped_however_far_they_are(implementation, dtype, start, row, framework, kernels):
+    """Where they cannot be seen, in compiled functions. Every token then takes the table's last row, or its first one."""
+    rng = np.random.default_rng(0)
+    angles = rng.standard_normal((64, 8))
+    x, ones = rng.standard_normal((2, 5, 3, 2, 16)), np.ones(32)
+
+    def rotated(angles, start):
+        def run(qkv, weight, cos, sin, start):
+            how = dict(over="width", cos=cos, sin=sin, start_pos=start, implementation=implementation)
+            return framework.ops.qk_norm_rope(qkv, weight, weight, **how)
+
+        floats = (framework.put(a, "float32") for a in (x, ones, np.cos(angles), np.sin(angles)))
+        return [framework.get(y) for y in framework.compiled(run)(*floats, framework.put(np.array([start, start]), dtype))]
+
+    with framework.wide_integers() if dtype == "int64" else nullcontext():
+        got, want = rotated(angles, start), rotated(np.broadcast_to(angles[row], angles.shape), 0)
+    np.testing.assert_array_equal(got, want)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..op import UNUSED, Op, Plan, Spec, Target, cast, cdiv, groups, remembered, spec, ungrouped, wide
+from ..op import UNUSED, Op, Plan, Spec, Target, cast, cdiv, groups, remembered, spec, ungrouped, wide, widened
 from ..rows import SUM_WARPS, config, gradient_spec, per_sample, row_meta, split, sum_tile, tile
 from .kernels import adaln_bwd_kernel, adaln_bwd_vectors_kernel, adaln_fwd_kernel
 
@@ -176,8 +176,7 @@ def backward(run, a, outs, extras, douts, *, eps, center, scale_row, shift_row, 
 
 
 def per_group(xp, v, samples: int):
-    """(D,) or (G, D) -> broadcastable against (B, L, D), wide."""
-    v = wide(v)
+    """(D,) or (G, D) -> broadcastable against (B, L, D)."""
     return v if len(v.shape) == 1 else ungrouped(xp, v, samples)[:, None]
 
 
@@ -194,37 +193,38 @@ def selected(xp, table, index):
 
 
 def modulation(xp, a, name: str, row: int | None):
-    """scale or shift, broadcastable against (B, L, D), wide; 0 if there is none."""
+    """scale or shift, broadcastable against (B, L, D); 0 if there is none."""
     v, table, base = (getattr(a, name + suffix) for suffix in ("", "_table", "_base"))
     samples = a.x.shape[0]
     m = 0 if base is None else per_group(xp, base, samples)
     if table is not None and len(table.shape) == 2:
-        return m + wide(table[xp.clip(a.rows, 0, table.shape[0] - 1)])
+        return m + table[xp.clip(a.rows, 0, table.shape[0] - 1)]
     if table is not None:
         v = ungrouped(xp, table, samples)
     if v is None:
         return m
     if a.rows is not None:
-        return m + wide(selected(xp, v, a.rows))
-    return m + (wide(v) if kind(a, v, row) == "token" else per_sample(v, row))
+        return m + selected(xp, v, a.rows)
+    return m + (v if kind(a, v, row) == "token" else per_sample(v, row))
 
 
 def reference(xp, a, *, eps, center, scale_row, shift_row, zero_centered, cast, norm=norm):
-    dtype, x = spec(a.x).dtype, wide(a.x)
-    samples = x.shape[0]
+    dtype, samples = spec(a.x).dtype, a.x.shape[0]
+    w = widened(a, "x", *VECTORS)
+    w.rows = a.rows
     affine = a.weight is not None or a.bias is not None
-    y = norm(xp, x, eps=eps, center=center)
+    y = norm(xp, w.x, eps=eps, center=center)
     if affine and cast == "before_weight":
         y = rounded(y, dtype)
     if a.weight is not None:
-        y = y * (per_group(xp, a.weight, samples) + float(zero_centered))
+        y = y * (per_group(xp, w.weight, samples) + float(zero_centered))
     if a.bias is not None:
-        y = y + per_group(xp, a.bias, samples)
+        y = y + per_group(xp, w.bias, samples)
     modulated = any(v is not None for v in (a.scale, a.shift, a.scale_table, a.shift_table, a.scale_base, a.shift_base))
     if modulated:
         if affine and cast != "none":
             y = rounded(y, dtype)
-        y = y * (1 + modulation(xp, a, "scale", scale_row)) + modulation(xp, a, "shift", shift_row)
+        y = y * (1 + modulation(xp, w, "scale", scale_row)) + modulation(xp, w, "shift", shift_row)
     return (narrow(y, dtype),)
 
 
