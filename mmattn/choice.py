@@ -38,7 +38,10 @@ class Block:
 
     "auto" takes the Triton kernels on a supported GPU and plain code of the framework elsewhere. It is the process default unless
     the environment variable MMATTN_IMPLEMENTATION says otherwise. "triton" raises where the kernels cannot run. "reference" is
-    the formula in plain code, with every derivative that the framework has. A call's own `implementation=` goes first.
+    the formula in plain code. A call's own `implementation=` goes first.
+
+    "auto" and "triton" have a first derivative in reverse mode, on every device, and refuse any other, so that code which works
+    on a CPU works on a GPU. "reference", and float64, which takes it, have every derivative that the framework has.
 
     Blocks nest, one object may be entered again, and by several threads at once, and an exception ends a block as its end does.
     A block belongs to the context that entered it (contextvars): to its thread and its asyncio task, and to the tasks that are
@@ -132,6 +135,13 @@ def no_gradient(op: str, operand: str, remedy: str) -> str:
     return (
         f"{op}: {operand} wants a gradient, for which there is no kernel; expected a constant. "
         f'Pass implementation="reference", which has one, or {remedy}.'
+    )
+
+
+def first_only(op: str) -> str:
+    return (
+        f'{op}: implementation="auto" and "triton" have a first derivative in reverse mode only, on every device; expected one '
+        'backward pass. For forward mode and for second derivatives pass implementation="reference", which has all of them.'
     )
 
 

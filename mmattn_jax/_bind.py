@@ -24,7 +24,7 @@ from jax.interpreters import ad, batching, mlir, xla
 import mmattn
 from mmattn import _gluon
 from mmattn._triton import INSTALLED
-from mmattn.choice import ROCM, decide, no_gradient, not_a_gpu, old_gpu, unmet
+from mmattn.choice import ROCM, decide, first_only, no_gradient, not_a_gpu, old_gpu, unmet
 from mmattn.op import Call, Layout, Op, Plan, Target, flatten, owners, unflatten
 from mmattn.rows import gradient_spec
 
@@ -334,10 +334,7 @@ ad.primitive_jvps[linear] = lambda *_, form, **__: refuse(form)
 
 
 def refuse(form: Form):
-    raise NotImplementedError(
-        f"{form.name}: the kernels have a first derivative in reverse mode only; expected grad, vjp or jacrev, once. "
-        'For forward mode (jvp, jacfwd, linearize) and for second derivatives pass implementation="reference".'
-    )
+    raise NotImplementedError(first_only(form.name))
 
 
 def transpose(douts, *arrays, op: Op, form: Form, implementation: str, at: tuple[int, ...], avals):

@@ -34,7 +34,7 @@ import mmattn
 from mmattn import check
 from mmattn._gluon import INSTALLED
 from mmattn._triton import triton
-from mmattn.choice import ROCM, Explanation, decide, no_gradient, not_a_gpu, old_gpu
+from mmattn.choice import ROCM, Explanation, call_problem, decide, no_gradient, not_a_gpu, old_gpu
 from mmattn.op import (
     DTYPE_NAMES,
     UNUSED,
@@ -54,8 +54,9 @@ from mmattn.op import (
 
 from . import _arrays
 from ._choice import current, of_context
+from ._derivatives import guarded, refuse
 from ._fold import examples, fold, fold_operands, lead, unfold
-from ._fused import FUSED
+from ._fused import FUSED, fused_name
 
 DTYPE_NAMES.update({x: str(x).removeprefix("torch.") for x in vars(torch).values() if isinstance(x, torch.dtype)})
 
@@ -452,13 +453,6 @@ def below_autograd():
                 yield
 
 
-def refuse(m: Meaning, what: str):
-    raise RuntimeError(
-        f'{m.name}: the Triton kernels have no {what}; call it with implementation="reference", or under '
-        f'mmattn_torch.implementation("reference"), where {what} goes through plain torch code.'
-    )
-
-
 class Kept(NamedTuple):
     """What a Forward leaves for its backward, besides tensors."""
 
@@ -501,7 +495,7 @@ class Forward(_SingleLevelFunction):
 
     @staticmethod
     def jvp(ctx, *tangents):
-        refuse(ctx.kept.meaning, "forward-mode derivative")
+        refuse(ctx.kept.meaning.name)
 
 
 class EagerForward(Forward):
@@ -527,11 +521,11 @@ class Backward(_SingleLevelFunction):
 
     @staticmethod
     def backward(ctx, *_):
-        refuse(ctx.meaning, "second derivative")
+        refuse(ctx.meaning.name)
 
     @staticmethod
     def jvp(ctx, *_):
-        refuse(ctx.meaning, "second derivative")
+        refuse(ctx.meaning.name)
 
 
 def autograd_forward(operators: Operators, arrays: list[Tensor], call: str) -> list[Tensor]:
@@ -625,7 +619,9 @@ def explain(call: Call, requested: str | None, device: torch.device | None) -> E
     device = device or device_of(call)
     if device.type == "meta":
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    return decide(call, requested, current(), problem(device))
+    path, reason = decide(call, requested, current(), problem(device))
+    fused = fused_name(call) if path == "reference" and fallen_back(call, requested) else None
+    return Explanation(path, f"{reason}; {fused} takes the place of the formula" if fused else reason)
 
 
 class Prepared(NamedTuple):
@@ -727,12 +723,16 @@ def execute(call: Call, requested: str | None) -> Any:
     if path(call, requested) == "triton":
         return call.result(run_kernels(call))
     device = device_of(call)
-    formula = partial(call.op.reference, _arrays)
-    asked = (requested or current()) == "reference" or any(x.dtype == torch.float64 for x in flatten(call.op, call.operands)[0])
-    if not asked:  # fallen back: torch's fastest, which lacks some derivatives
-        formula = FUSED.get(call.op.name, formula)
+    formula, operands = partial(call.op.reference, _arrays), Operands(**call.operands)
+    if fallen_back(call, requested):  # torch's fastest, with the derivatives that the kernels have
+        formula, operands = FUSED.get(call.op.name, formula), guarded(call, plain())
     with without_autocast(device):
-        return call.result(formula(Operands(**call.operands), **dict(call.static)))
+        return call.result(formula(operands, **dict(call.static)))
+
+
+def fallen_back(call: Call, requested: str | None) -> bool:
+    """Whether a call that does not take the kernels has not asked for the reference either, by name or by its dtype."""
+    return (requested or current()) != "reference" and call_problem(call) is None
 
 
 def without_autocast(device: torch.device):

@@ -1,6 +1,6 @@
 """What torch has fused itself. Where a call falls back from the kernels, it replaces the op's formula.
 
-Fused code lacks some derivatives (SDPA has no second one), so a call that asks for the reference gets the formula.
+A call that asks for the reference gets the formula, which has every derivative; see _derivatives.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch._C._functorch import TransformType, get_interpreter_stack
 
 import mmattn
 from mmattn.attention.joint import joint_mask, silenced, split_streams
-from mmattn.op import Operands, cast, dtype_name
+from mmattn.op import Call, Operands, cast, dtype_name
 
 from . import _arrays
 
@@ -69,3 +69,12 @@ FUSED = {
     "joint_attention": joint_attention,
     "qk_norm_rope_attention": qk_norm_rope_attention,
 }
+
+
+def fused_name(call: Call) -> str | None:
+    """What of torch's takes the place of the formula in a call, None where nothing does."""
+    static = dict(call.static)
+    if call.op.name not in FUSED or static.get("return_lse"):
+        return None
+    kind = "scaled_dot_product_attention" if "causal" in static else "layer_norm" if static["center"] else "rms_norm"
+    return f"torch.nn.functional.{kind}"

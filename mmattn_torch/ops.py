@@ -278,6 +278,8 @@ def relu_linear_attention(
 def explain(op: str | Callable, *args: Any, device: torch.device | str | None = None, **kwargs: Any) -> Explanation:
     """Which path the call op(*args, **kwargs) takes, "triton" or "reference", and why. Nothing runs.
 
+    "reference" is the op's formula in plain torch code; where a fused function of torch's takes its place, the reason names it.
+
     op      a public function of this package, or its name.
     device  the device to ask about; the tensors' own unless given. Meta tensors do: only shapes and dtypes count. Without a
             device they stand for tensors on the GPU, where there is one.

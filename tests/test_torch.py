@@ -562,13 +562,18 @@ HIGHER = [forward_mode, dual_numbers, forward_over_reverse, reverse_over_reverse
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own forward mode
 @pytest.mark.parametrize("derivative", HIGHER, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("path", ["kernels", "cpu"])
 @every_function
-def test_higher_derivatives(f, derivative, kernels):
+def test_higher_derivatives(f, path, derivative, request):
+    """One rule wherever a call runs: refused unless the reference is asked for."""
+    request.getfixturevalue(path)
     arguments = operands(f, 2, 5)
     x = randn(*arguments[at := 1 if f is residual else 0].shape)  # the gradient of `residual` is passed on, without a kernel
     others = [x.detach() for x in arguments]
     with pytest.raises(RuntimeError, match='implementation="reference"'):
         derivative(lambda x: f(*others[:at], x, *others[at + 1 :]), x)
+    if path == "cpu":  # the formula, which is tested once
+        return
     x, *others = (x.double() if x.is_floating_point() else x for x in (x, *others))
     g = lambda x: f(*others[:at], x, *others[at + 1 :], **REFERENCE)
     got, step = derivative(g, x.clone()), 1e-6
@@ -580,7 +585,32 @@ def test_higher_derivatives(f, derivative, kernels):
     same(got, want)
 
 
-def test_create_graph_alone_is_no_second_derivative(kernels):
+@every_function
+def test_first_derivatives_of_the_fallback_under_transforms(f, cpu):
+    """What lets no second derivative through lets the first through, for each example and each operand."""
+    arguments = [x.detach() for x in operands(f, 2, 5)]
+    floats = tuple(i for i, x in enumerate(arguments) if x.is_floating_point())
+    both(lambda f: grad(loss(f), floats), f, arguments)
+    examples = [torch.stack([x, x.roll(1, 0)]) for x in arguments]
+    both(lambda f: vmap(grad(loss(f), floats)), f, examples)
+
+
+def test_gradient_of_a_constant_is_refused_in_the_fallback(cpu):
+    """As by the kernels; the gradients that are passed on may be differentiated there too."""
+    weight, table = randn(HEADS * 8), leaf(9, 4)
+    run = partial(mmattn_torch.qk_norm_rope, randn(2, 5, 3, HEADS, 8), weight, weight, over="width", sin=table.detach())
+    with pytest.raises(RuntimeError, match="qk_norm_rope: cos wants a gradient, for which there is no kernel"):
+        run(cos=table)
+    with pytest.raises(RuntimeError, match="qk_norm_rope: cos wants a gradient, for which there is no kernel"):
+        grad(lambda cos: run(cos=cos)[0].sum())(table.detach())
+    x, h, gate = operands(residual, 2, 5)
+    (dx,) = torch.autograd.grad(mmattn_torch.gated_residual(x, h, gate).pow(2).sum(), x, create_graph=True)
+    assert torch.equal(torch.autograd.grad(dx.sum(), x)[0], torch.full_like(x, 2))
+
+
+@pytest.mark.parametrize("path", ["kernels", "cpu"])
+def test_create_graph_alone_is_no_second_derivative(path, request):
+    request.getfixturevalue(path)
     x = leaf(2, 5, D)
     (dx,) = torch.autograd.grad(loss(mmattn_torch.rms_norm)(x), x, create_graph=True)
     same(dx.detach(), torch.autograd.grad(loss(mmattn_torch.rms_norm)(x), x)[0])
@@ -748,6 +778,19 @@ def test_explain_agrees_with_the_call(kernels):
     assert calls.names == []
 
 
+def test_explain_names_what_replaces_the_formula(cpu):
+    x, q = randn(2, 5, D), randn(2, 5, HEADS, 8)
+    reason = lambda op, *arguments, **how: mmattn_torch.explain(op, *arguments, **how).reason
+    fused = dict(layer_norm="layer_norm", rms_norm="rms_norm", joint_attention="scaled_dot_product_attention")
+    for op, name in fused.items():
+        arguments = [q] * 3 if op == "joint_attention" else [x]
+        assert reason(op, *arguments).endswith(f"; torch.nn.functional.{name} takes the place of the formula")
+        assert reason(op, *arguments, **REFERENCE) == "asked for by the call"
+        assert reason(op, *(t.double() for t in arguments)) == "float64 has no kernels"
+    for plain in (reason("joint_attention", q, q, q, return_lse=True), reason("relu_linear_attention", q, q, q)):
+        assert plain.endswith("the arrays are on cpu")
+
+
 def test_explain_without_a_gpu():
     x = torch.empty(2, 5, D, device="meta")
     path, reason = mmattn_torch.explain("rms_norm", x, device="cpu")
@@ -765,8 +808,8 @@ def test_an_amd_gpu_takes_the_reference(cpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9, minor=4))
     gpu, reason = torch.device("cuda", 7), "the kernels have run on NVIDIA GPUs only, and this is one of AMD's (ROCm)"
     x = randn(2, 5, D)
-    assert mmattn_torch.explain("rms_norm", x, device=gpu) == ("reference", reason)
-    monkeypatch.setattr(_bind, "common_device", lambda call: gpu)
+    assert mmattn_torch.explain("rms_norm", x, device=gpu).reason.startswith(reason)
+    monkeypatch.setattr(_bind, "device_of", lambda call: gpu)
     assert torch.equal(mmattn_torch.rms_norm(x), torch.nn.functional.rms_norm(x, (D,), eps=1e-6))
     with pytest.raises(RuntimeError, match=f"cannot be met: {re.escape(reason)}"):
         mmattn_torch.rms_norm(x, implementation="triton")
@@ -803,7 +846,7 @@ x = torch.ones(2, 3, 8, requires_grad=True)
 mmattn_torch.layernorm_adaln(x, x[:, 0]).sum().backward()
 print(mmattn_torch.explain("rms_norm", x, device="cuda").reason, "torch._dynamo" in sys.modules)
 """
-    assert python(code) == "triton is not installed False"
+    assert python(code) == "triton is not installed; torch.nn.functional.rms_norm takes the place of the formula False"
 
 
 @pytest.mark.parametrize("name", [name for name in mmattn_torch.__all__ if name in mmattn_torch.ops.CORE])
