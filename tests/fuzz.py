@@ -227,18 +227,23 @@ class Maker:
     def constant(self, name: str, draw: Callable) -> Constant:
         return Constant(draw(np.random.default_rng(self.seed(name))))
 
+    def own_dtype(self, name: str) -> str | None:
+        """An operand's dtype, where it may have another than the call's."""
+        dtype = self.choose(f"{name}.dtype", ("same", *FLOATS), simplest=0.5)
+        return None if dtype == "same" else dtype
+
     def leaf(
-        self, name: str, shape, *, vector: bool = False, wider: bool = False, row: bool = False, around: float = 0.0,
+        self, name: str, shape, *, vector: bool = False, dtype: str | None = None, row: bool = False, around: float = 0.0,
         gap: float = 0.0, mask: str = "", silent=None, garbage: float = np.nan, scores: bool = False,
     ) -> Drawn | Frozen:  # fmt: skip
-        """vector: values are those of weights and modulations, around `around`; wider: it may be float32 beside 16 bits."""
+        """vector: values are those of weights and modulations, around `around`; scores: products of values are exponents."""
         kinds = VALUES if not vector else {k: VALUES[k] for k in ("normal", "zeros", "tiny", "far", "sparse")}
-        if self.dtype == "float16" or scores:  # of huge scores the gradients are 0 or noise
+        narrow = (dtype or self.dtype) == "float16" or self.dtype == "float16"
+        if narrow or scores:  # of huge scores the gradients are 0 or noise
             kinds = {k: f for k, f in kinds.items() if k not in ("huge", "minute")}
         kind = self.choose(f"{name}.values", kinds, simplest=0.8)
-        if self.dtype == "float16" and silent is not None:
+        if narrow:
             garbage = np.clip(garbage, -3e4, 3e4)
-        dtype = "float32" if wider and self.choose(f"{name}.float32", (False, True), simplest=0.5) else None
         frozen = dtype == "float32" and vector and self.choose(f"{name}.frozen", (False, True), simplest=0.5)
         lying = views(shape, row=row, shared=frozen)
         view = lying[self.choose(f"{name}.view", lying, simplest=0.6)]
@@ -253,14 +258,13 @@ class Maker:
 
 
 def within(options, cost: Callable, limit: float) -> list:
-    """The options that are not too costly, or the first."""
-    options = list(options)
-    return [n for n in options if cost(n) <= limit] or options[:1]
+    """The options that are not too costly, or the cheapest."""
+    return [n for n in options if cost(n) <= limit] or [min(options, key=cost)]
 
 
-def token_shape(make: Maker) -> tuple[int, int, int]:
+def token_shape(make: Maker, weight: float = 1.0) -> tuple[int, int, int]:
     D = make.choose("D", WIDTHS)
-    cost = lambda B, L: B * L * next_power_of_2(D) / 1024
+    cost = lambda B, L: weight * B * L * next_power_of_2(D) / 1024
     B = make.choose("B", within(BATCHES, lambda B: cost(B, 3), make.tiles))
     L = make.choose("L", within(LENGTHS, lambda L: cost(B, L), make.tiles))
     return B, L, D
@@ -270,20 +274,22 @@ def norm_eps(choose: Choices, name: str = "eps") -> float:
     return choose(name, (1e-6, 1e-5, 1.1920929e-7, 1e-3, 1.0))
 
 
-def optional(make: Maker, name: str, *args, **how) -> dict:
-    """The operand by name, or nothing."""
-    return {name: make.leaf(name, *args, **how)} if make.choose(name, (False, True)) else {}
+def optional(make: Maker, name: str, shape, around: float = 0.0) -> dict:
+    """A vector or a table by name, or nothing."""
+    if not make.choose(name, (False, True)):
+        return {}
+    return {name: make.leaf(name, shape, vector=True, dtype=make.own_dtype(name), around=around)}
 
 
 def shared_vector(make: Maker, name: str, D: int) -> dict:
-    return optional(make, name, (D,), vector=True, wider=True, around=float("weight" in name))
+    return optional(make, name, (D,), around=float("weight" in name))
 
 
 def modulation(make: Maker, name: str, B: int, L: int, D: int) -> dict:
     """scale or shift in one of its forms, and its base."""
     forms = dict(none=None, sample=(B, D), sample_1=(B, 1, D), token=(B, L, D), shared=(D,))
     form = make.choose(name, forms)
-    found = {} if form == "none" else {name: make.leaf(name, forms[form], vector=True, wider=True, row=True)}
+    found = {} if form == "none" else {name: make.leaf(name, forms[form], vector=True, dtype=make.own_dtype(name), row=True)}
     return found | (shared_vector(make, f"{name}_base", D) if form != "shared" else {})
 
 
@@ -291,8 +297,7 @@ def tables(make: Maker, B: int, L: int, D: int) -> dict:
     """scale and shift as tables, the rows that tokens take of them, and their bases."""
     R = make.choose("R", (2, 1, 3, 7))
     shape = (B, R, D) if make.choose("table_per_sample", (False, True)) else (R, D)
-    found = optional(make, "scale", shape, vector=True, wider=True)
-    found |= optional(make, "shift", shape, vector=True, wider=True)
+    found = optional(make, "scale", shape) | optional(make, "shift", shape)
     if not found:
         return {}
     beyond = make.choose("rows_beyond", (0, 1, 100))
@@ -326,32 +331,29 @@ def plain_norm(make: Maker, *vectors: str):
 
 def row_per_sample(make: Maker, name: str, B: int, D: int) -> Drawn | Frozen:
     shape = (B, 1, D) if make.choose(f"{name}.rank", (2, 3)) == 3 else (B, D)
-    return make.leaf(name, shape, vector=True, wider=True, row=True)
+    return make.leaf(name, shape, vector=True, dtype=make.own_dtype(name), row=True)
+
+
+def gated(make: Maker, B: int, L: int, D: int) -> dict:
+    residual = make.leaf("residual", (B, L, D))
+    h = make.leaf("h", (B, L, D), dtype=make.own_dtype("h"))
+    return dict(residual=residual, h=h, gate=row_per_sample(make, "gate", B, D))
 
 
 def gated_residual(make: Maker):
-    B, L, D = token_shape(make)
-    tokens = {name: make.leaf(name, (B, L, D)) for name in ("residual", "h")}
-    return tokens | dict(gate=row_per_sample(make, "gate", B, D)), {}
+    return gated(make, *token_shape(make)), {}
 
 
 def gated_residual_norm_adaln(make: Maker):
     choose = make.choose
-    B, L, D = token_shape(make)
-    operands, static = gated_of(make, B, L, D), {}
+    B, L, D = token_shape(make, 2.0)
+    operands = gated(make, B, L, D)
     for name in ("scale", "shift"):
         if choose(name, (False, True)):
             operands |= {name: row_per_sample(make, name, B, D)}
     operands |= shared_vector(make, "h_weight", D)
-    static = dict(
-        center=choose("center", (True, False)), eps=norm_eps(choose), gate_fn=choose("gate_fn", ("identity", "tanh"))
-    )  # fmt: skip
+    static = dict(center=choose("center", (True, False)), eps=norm_eps(choose), gate_fn=choose("gate_fn", ("identity", "tanh")))
     return operands, static | (dict(h_eps=norm_eps(choose, "h_eps")) if "h_weight" in operands else {})
-
-
-def gated_of(make: Maker, B: int, L: int, D: int) -> dict:
-    tokens = {name: make.leaf(name, (B, L, D)) for name in ("residual", "h")}
-    return tokens | dict(gate=row_per_sample(make, "gate", B, D))
 
 
 class Streams(NamedTuple):
@@ -379,7 +381,7 @@ def streams(make: Maker, cost: Callable) -> Streams:
     H = choose("H", within((1, 2, 3, 4) + (6, 8, 12) * GPU, lambda H: cost(1, H, d, (3,)), tiles))
     B = choose("B", within(BATCHES, lambda B: cost(B, H, d, (3,)), tiles))
     lengths: tuple[int, ...] = ()
-    for i in range(choose("streams", (1, 2, 3))):
+    for i in range(choose("streams", within((1, 2, 3), lambda n: cost(B, H, d, (3,) * n), tiles))):
         lengths += (choose(f"L{i}", within(LENGTHS, lambda L, all=lengths: cost(B, H, d, (*all, L)), tiles)),)
     return Streams(B, H, d, lengths, len(lengths) == 1 and choose("bare", (True, False)))
 
@@ -390,7 +392,7 @@ def score_tiles(B: int, H: int, d: int, lengths) -> float:
 
 
 def norm_tiles(B: int, H: int, d: int, lengths) -> float:
-    return 3 * B * next_power_of_2(H * d) * sum(lengths) / 1024
+    return 6 * B * next_power_of_2(H * d) * sum(lengths) / 1024
 
 
 def key_masks(make: Maker, s: Streams) -> tuple[dict, list]:
@@ -442,15 +444,13 @@ def attention_static(choose: Choices) -> dict:
 
 def heads(make: Maker, s: Streams, kv_heads: int, silent: list, *, gap: float = 0.0) -> dict:
     """q, k, v per stream."""
-    wide = {name: make.choose(f"{name}.float32", (False, True), simplest=0.6) for name in "qk"}
+    dtypes = dict(q=make.own_dtype("q"), k=make.own_dtype("k"), v=None)
     garbage = GARBAGE[make.choose("garbage", GARBAGE)]
 
     def operand(name: str, i: int, L: int) -> Drawn:
         shape = (s.B, L, s.H if name == "q" else kv_heads, s.d)
-        leaf = make.leaf(
-            s.named(name, i), shape, mask=s.named("key_masks", i), silent=silent[i], garbage=garbage, gap=gap, scores=name != "v"
-        )
-        return leaf._replace(dtype="float32" if wide.get(name) else None)
+        how = dict(mask=s.named("key_masks", i), silent=silent[i], garbage=garbage, gap=gap, scores=name != "v")
+        return make.leaf(s.named(name, i), shape, dtype=dtypes[name], **how)
 
     return {name: s(partial(operand, name)) for name in ("q", "k", "v")}
 
@@ -479,10 +479,12 @@ def norm_and_rope(make: Maker, s: Streams, silent: list) -> tuple[dict, dict]:
             s.named("qkv", i), (s.B, L, 3, s.H, s.d), mask=s.named("key_masks", i), silent=silent[i], garbage=garbage
         )
     )
-    weights = {
-        name: s(lambda i, L, name=name: make.leaf(s.named(name, i), (width,), vector=True, wider=True, around=1.0))
-        for name in ("q_weight", "k_weight")
-    }
+
+    def weight(name: str, i: int, L: int) -> Drawn | Frozen:
+        name = s.named(name, i)
+        return make.leaf(name, (width,), vector=True, dtype=make.own_dtype(name), around=1.0)
+
+    weights = {name: s(partial(weight, name)) for name in ("q_weight", "k_weight")}
     static = dict(over=over, eps=norm_eps(choose), layout=choose("layout", ("interleaved", "half")))
     rotated = [choose(f"rotated{i}", ("no", "shared", "per_sample")) for i in range(len(s.lengths))]
     if set(rotated) == {"no"}:
@@ -650,7 +652,8 @@ def moved_formulas(case: Case, dtype: str) -> list[dict[str, np.ndarray]]:
     within = softmax or case.call in frameworks.ROUNDS_WITHIN
     given = case.static.get("return_lse")
     place = lambda name: name if given else f"out[0]{name.removeprefix('out')}"  # of an output beside its log-sum-exp
-    ulp = max(EPS["float32"], EPS[dtype] / 2 if within else 0.0)
+    rounding = max(EPS[leaf.dtype or dtype] for leaf in dict(walk(case.operands)).values() if leaf.differentiable)
+    ulp = max(EPS["float32"], rounding / 2 if within else 0.0)
     rng, leaves = case.rng(), dict(walk(case.operands))
     sign = lambda x: rng.choice((-1.0, 1.0), x.shape)
     dtypes = {name: "float32" if leaf.differentiable else leaf.dtype for name, leaf in leaves.items()}
@@ -668,7 +671,7 @@ def moved_formulas(case: Case, dtype: str) -> list[dict[str, np.ndarray]]:
         outs = {name: x for name, x in outs.items() if name.startswith("out[0]")}
         douts = {place(name): x for name, x in douts.items()}
         for name, o in outs.items():
-            error = EPS[dtype] * np.sqrt(np.sum((o * douts[name]) ** 2, -1)).swapaxes(1, 2)
+            error = rounding * np.sqrt(np.sum((o * douts[name]) ** 2, -1)).swapaxes(1, 2)
             lse = name.replace("out[0]", "out[1]", 1)
             douts[lse] = douts.get(lse, 0.0) + error * sign(error)
         moved = formula(case._replace(static=case.static | dict(return_lse=True)), arrays, douts, dtypes, dtype).values
@@ -880,7 +883,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--op", choices=OPS, action="append")
     parser.add_argument("--framework", choices=INSTALLED, action="append")
-    parser.add_argument("--invalid", type=float, default=0.3, help="share of calls that are mutated")
+    parser.add_argument("--invalid", type=float, default=0.3, help="share of calls that are mutated, at most a half")
     parser.add_argument("--call", help="the text of one call, to make it again")
     parser.add_argument("--verbose", action="store_true", help="print every call and how long it took")
     args = parser.parse_args()

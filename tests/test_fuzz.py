@@ -13,7 +13,7 @@ from frameworks import GPU, INSTALLED
 
 
 def search(seed: int, ops: list[str], seconds: float, most: int) -> None:
-    _, failure = fuzz.search(seed, ops, INSTALLED, seconds, most, invalid=0.0)
+    _, failure = fuzz.search(seed, ops, INSTALLED, seconds, most)
     if failure:
         raise AssertionError(fuzz.report(failure)) from failure.error
 
