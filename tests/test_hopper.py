@@ -104,7 +104,7 @@ def test_which_calls_take_it(case, dtype, target, kernels, any_size):
         (attention(2, 3, 16, 1, 65, static=dict(return_lse=True)), HOPPER, SHORT_BACKWARD),
         (attention(2, 3, 16, 186, 186), HOPPER, SHORT_BACKWARD),
         (attention(2, 3, 16, 64), HOPPER, ONE_PASS),
-        (attention(2, 3, 16, 0), HOPPER, ONE_PASS),
+        (attention(2, 3, 16, 0), HOPPER, PLAIN_BACKWARD),
         (attention(2, 4, 16, 186, **{name: heads(2, 2, 16, 186)[name] for name in "kv"}), HOPPER, PLAIN_BACKWARD),
         (attention(2, 3, 16, 186, q=(Normal((2, 186, 3, 16), dtype="float32"),)), HOPPER, ONE_PASS),
         (attention(2, 3, 8, 186), HOPPER, ONE_PASS),
