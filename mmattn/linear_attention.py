@@ -18,7 +18,7 @@ from .attention.joint import joined, joint_operands, mask_operands, split_stream
 from .attention.plans import key_mask_inputs
 from .attention.tokens import kept, load_tokens, stream_of
 from .dots import for_dot
-from .op import Call, Op, Plan, Spec, Streams, cast, cdiv, next_power_of_2, remembered, row_stride, spec
+from .op import Call, Op, Plan, Spec, Streams, Target, cast, cdiv, next_power_of_2, remembered, row_stride, spec
 from .streams import integers, over_streams
 
 
@@ -34,6 +34,47 @@ def load_state(state_ptr, norm_ptr, head, WIDTH: tl.constexpr, COLS: tl.constexp
     inside = (rows < WIDTH)[:, None] & (rows < WIDTH)[None, :]
     state = tl.load(state_ptr + head * WIDTH * WIDTH + rows[:, None] * WIDTH + rows[None, :], mask=inside, other=0.0)
     return state, tl.load(norm_ptr + head * WIDTH + rows, mask=rows < WIDTH, other=0.0)
+
+
+@triton.jit
+def halves(x):
+    """The first and the last columns of a tile [TOKENS, COLS]."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def add_product(
+    y, x, state_ptr, first, WIDTH: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, PART: tl.constexpr
+):
+    """y + x S, or y + x S^T, where x [TOKENS, COLS] stands for as many columns from `first` on: PART of them after the other."""
+    if x.shape[1] > PART:
+        low, high = halves(x)
+        y = add_product(y, low, state_ptr, first, WIDTH, TRANSPOSED, PRECISION, PART)
+        return add_product(y, high, state_ptr, first + x.shape[1] // 2, WIDTH, TRANSPOSED, PRECISION, PART)
+    else:
+        some = first + tl.arange(0, PART)
+        every = tl.arange(0, y.shape[1])
+        inside = (some < WIDTH)[:, None] & (every < WIDTH)[None, :]
+        if TRANSPOSED:
+            at = every[:, None] * WIDTH + some[None, :]
+            part = tl.trans(tl.load(state_ptr + at, mask=tl.trans(inside), other=0.0))  # [PART, COLS]
+        else:
+            part = tl.load(state_ptr + some[:, None] * WIDTH + every[None, :], mask=inside, other=0.0)  # [PART, COLS]
+        y = tl.dot(x, part, y, input_precision=PRECISION)
+        tl.debug_barrier()  # else the next part is fetched before this one is used up, and all are held at once
+        return y
+
+
+@triton.jit
+def times_state(
+    x, state, state_ptr, head, WIDTH: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, PART: tl.constexpr
+):
+    """x S, or x S^T [TOKENS, COLS]; S is `state`, or where a program holds PART of its rows at a time, read from memory."""
+    if x.shape[1] == PART:
+        return tl.dot(x, tl.trans(state) if TRANSPOSED else state, input_precision=PRECISION)
+    else:
+        y = tl.zeros(x.shape, tl.float32)
+        return add_product(y, x, state_ptr + head * WIDTH * WIDTH, 0, WIDTH, TRANSPOSED, PRECISION, PART)
 
 
 @triton.jit
@@ -100,6 +141,7 @@ def linear_attention_fwd_body(
     PRECISION,
     TOKENS,
     COLS,
+    PART,  # rows of the state that a product holds at a time, COLS or fewer
 ):
     """Grid (B * H * blocks of TOKENS tokens over all streams,)."""
     blocks = 0
@@ -120,17 +162,19 @@ def linear_attention_fwd_body(
     q = load_tokens(q_ptr + head % HEADS * WIDTH, batch, token, length, stride, cols, WIDTH, keep, False)
     q = relu(for_dot(q, PRECISION).to(tl.float32))  # [TOKENS, COLS]
     den = tl.sum(q * norm[None, :], 1) + EPS
-    o = tl.dot(q, state, input_precision=PRECISION) / den[:, None]
+    o = times_state(q, state, state_ptr, head, WIDTH, False, PRECISION, PART) / den[:, None]
     at = (batch * length + token)[:, None] * (HEADS * WIDTH) + head % HEADS * WIDTH + cols[None, :]
     o = tl.where(keep[:, None], o, 0.0)
     tl.store(o_ptr + at, o.to(o_ptr.dtype.element_ty), mask=(token < length)[:, None] & (cols < WIDTH)[None, :])
 
 
 @triton.jit
-def query_gradients(q, do, state, norm, EPS: tl.constexpr, PRECISION: tl.constexpr):
+def query_gradients(
+    q, do, state, norm, state_ptr, head, WIDTH: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr, PART: tl.constexpr
+):
     """dnum [TOKENS, COLS] and dden [TOKENS] of a block of rectified queries."""
     den = tl.sum(q * norm[None, :], 1) + EPS
-    o = tl.dot(q, state, input_precision=PRECISION) / den[:, None]
+    o = times_state(q, state, state_ptr, head, WIDTH, False, PRECISION, PART) / den[:, None]
     return for_dot(do / den[:, None], PRECISION), -tl.sum(do * o, 1) / den
 
 
@@ -152,6 +196,7 @@ def linear_attention_bwd_state_body(
     PRECISION,
     TOKENS,
     COLS,
+    PART,  # rows of the state that a product holds at a time, COLS or fewer
 ):
     """Grid (B * H,): dS and dz of one head."""
     batch = (tl.program_id(0) // HEADS).to(tl.int64)
@@ -167,7 +212,9 @@ def linear_attention_bwd_state_body(
             q = load_tokens(q_ptrs[t] + head * WIDTH, batch, token, LENGTHS[t], Q_STRIDES_[t], cols, WIDTH, keep, False)
             do = load_tokens(do_ptrs[t] + head * WIDTH, batch, token, LENGTHS[t], HEADS * WIDTH, cols, WIDTH, keep, False)
             q = relu(for_dot(q, PRECISION).to(tl.float32))  # [TOKENS, COLS]
-            dnum, dden = query_gradients(q, do.to(tl.float32), state, norm, EPS, PRECISION)
+            dnum, dden = query_gradients(
+                q, do.to(tl.float32), state, norm, state_ptr, tl.program_id(0).to(tl.int64), WIDTH, EPS, PRECISION, PART
+            )
             dstate = tl.dot(tl.trans(q), dnum, dstate, input_precision=PRECISION)
             dnorm += tl.sum(q * dden[:, None], 0)
     store_state(dstate_ptr, dnorm_ptr, tl.program_id(0).to(tl.int64), dstate, dnorm, PRECISION, WIDTH, COLS)
@@ -198,6 +245,7 @@ def linear_attention_bwd_body(
     PRECISION,
     TOKENS,
     COLS,
+    PART,  # rows of the state that a product holds at a time, COLS or fewer
 ):
     """Grid (B * H * blocks of TOKENS tokens over all streams,): dq, dk and dv of one block."""
     blocks = 0
@@ -227,8 +275,8 @@ def linear_attention_bwd_body(
     q = load_tokens(q_ptr + at_head, batch, token, length, q_stride, cols, WIDTH, keep, False)
     q = for_dot(q, PRECISION).to(tl.float32)  # [TOKENS, COLS]
     do = load_tokens(do_ptr + at_head, batch, token, length, HEADS * WIDTH, cols, WIDTH, keep, False).to(tl.float32)
-    dnum, dden = query_gradients(relu(q), do, state, norm, EPS, PRECISION)
-    dq = tl.dot(dnum, tl.trans(state), input_precision=PRECISION) + dden[:, None] * norm[None, :]
+    dnum, dden = query_gradients(relu(q), do, state, norm, state_ptr, head, WIDTH, EPS, PRECISION, PART)
+    dq = times_state(dnum, state, state_ptr, head, WIDTH, True, PRECISION, PART) + dden[:, None] * norm[None, :]
     tl.store(dq_ptr + at, tl.where(keep[:, None] & (q > 0), dq, 0.0).to(dq_ptr.dtype.element_ty), mask=inside)
 
     dstate, dnorm = load_state(dstate_ptr, dnorm_ptr, head, WIDTH, COLS)
@@ -236,25 +284,41 @@ def linear_attention_bwd_body(
     k = for_dot(k, PRECISION).to(tl.float32)
     v = load_tokens(v_ptr + at_head, batch, token, length, v_stride, cols, WIDTH, keep, False)
     v = for_dot(v, PRECISION).to(tl.float32)
-    dk = tl.dot(v, tl.trans(dstate), input_precision=PRECISION) + dnorm[None, :]
+    dk = times_state(v, dstate, dstate_ptr, head, WIDTH, True, PRECISION, PART) + dnorm[None, :]
     tl.store(dk_ptr + at, tl.where(keep[:, None] & (k > 0), dk, 0.0).to(dk_ptr.dtype.element_ty), mask=inside)
-    dv = tl.dot(relu(k), dstate, input_precision=PRECISION)
+    dv = times_state(relu(k), dstate, dstate_ptr, head, WIDTH, False, PRECISION, PART)
     tl.store(dv_ptr + at, tl.where(keep[:, None], dv, 0.0).to(dv_ptr.dtype.element_ty), mask=inside)
+
+
+def rows_at_a_time(target: Target, cols: int, tokens: int, precision: str) -> int:
+    """Rows of the state that a product holds: all of them, but
+
+    - 16 in IEEE float32 above width 64, where whole rows of operands do not fit the registers: 1 to 3 KB were spilled, and with
+      16 rows nothing is, on sm_80, sm_90 and sm_120;
+    - as many as shared memory holds, S and its transpose beside two tiles of tokens (tests/test_plans.py asks the compiler).
+    """
+    if precision == "ieee" and cols > 64:
+        return 16
+    return next(rows for rows in (cols, 64, 32, 16) if 8 * cols * (rows + tokens) <= target.shared or rows == 16)
 
 
 @remembered
 def plan(
-    body, lengths: tuple[int, ...], heads: int, per_block: bool, outs: tuple[Spec, ...], constants: tuple, d: int, narrow: bool
-) -> Plan:
+    target: Target, body, lengths: tuple[int, ...], heads: int, per_block: bool, outs: tuple[Spec, ...], constants: tuple, d: int,
+    precision: str,
+) -> Plan:  # fmt: skip
     """One program per head, or one per head and block of tokens."""
     cols = max(16, next_power_of_2(d))
-    tokens = 16 if narrow and cols > 32 else 64 if cols <= 64 else 32
+    tokens = 16 if precision != "tf32" and cols > 32 else 64 if cols <= 64 else 32
+    tile = dict(TOKENS=tokens, COLS=cols)
+    if "EPS" in dict(constants):  # a kernel that multiplies with the state
+        tile |= dict(PART=rows_at_a_time(target, cols, tokens, precision))
     return Plan(
         over_streams(body, len(lengths)),
         grid=(heads * (sum(cdiv(L, tokens) for L in lengths) if per_block else 1),),
         outs=outs,
         ints=integers(LENGTHS=lengths),
-        meta=dict(constants) | dict(TOKENS=tokens, COLS=cols),
+        meta=dict(constants) | tile,
         warps=4 if cols <= 64 else 8,
     )
 
@@ -270,14 +334,14 @@ class Launches:
         self.precision = precision if "float32" in low else "tf32" if low == {"bfloat16"} else "tf32x3"
         self.eps = eps
 
-    def plan(self, body, outs, *, strides: str, per_block: bool, eps: bool = True) -> Plan:
+    def plan(self, target: Target, body, outs, *, strides: str, per_block: bool, eps: bool = True) -> Plan:
         constants = dict(HEADS=self.H, WIDTH=self.d, PRECISION=self.precision) | (dict(EPS=self.eps) if eps else {})
         for i in range(self.n):
             constants |= {f"{x}_STRIDE{i}": row_stride(getattr(self.a, x.lower())[i], 2) for x in strides}
             constants[f"KEY_MASK{i}"] = self.a.key_masks[i] is not None
         lengths = tuple(q.shape[1] for q in self.a.q)
-        narrow = self.precision != "tf32"
-        return plan(body, lengths, self.B * self.H, per_block, tuple(outs), tuple(constants.items()), self.d, narrow)
+        given = tuple(constants.items())
+        return plan(target, body, lengths, self.B * self.H, per_block, tuple(outs), given, self.d, self.precision)
 
     def state_specs(self) -> tuple[Spec, Spec]:
         return Spec((self.B, self.H, self.d, self.d), "float32"), Spec((self.B, self.H, self.d), "float32")
@@ -289,19 +353,19 @@ def infer(a, *, eps, precision):
 
 def forward(run, a, *, eps, precision):
     launches = Launches(a, eps, precision)
-    p = launches.plan(linear_attention_state_body, launches.state_specs(), strides="KV", per_block=False, eps=False)
+    p = launches.plan(run.target, linear_attention_state_body, launches.state_specs(), strides="KV", per_block=False, eps=False)
     state = tuple(run(p, *a.k, *a.v, *key_mask_inputs(a)))
     outs, _ = infer(a, eps=eps, precision=precision)
-    p = launches.plan(linear_attention_fwd_body, outs, strides="Q", per_block=True)
+    p = launches.plan(run.target, linear_attention_fwd_body, outs, strides="Q", per_block=True)
     return tuple(run(p, *a.q, *key_mask_inputs(a), *state)), state
 
 
 def backward(run, a, outs, extras, douts, *, eps, precision):
     launches, n = Launches(a, eps, precision), len(a.q)
-    p = launches.plan(linear_attention_bwd_state_body, launches.state_specs(), strides="Q", per_block=False)
+    p = launches.plan(run.target, linear_attention_bwd_state_body, launches.state_specs(), strides="Q", per_block=False)
     dstate = run(p, *a.q, *douts, *key_mask_inputs(a), *extras)
     grads = [Spec(tuple(x.shape), spec(x).dtype) for x in (*a.q, *a.k, *a.v)]
-    p = launches.plan(linear_attention_bwd_body, grads, strides="QKV", per_block=True)
+    p = launches.plan(run.target, linear_attention_bwd_body, grads, strides="QKV", per_block=True)
     d = tuple(run(p, *a.q, *a.k, *a.v, *douts, *key_mask_inputs(a), *extras, *dstate))
     return dict(q=d[:n], k=d[n : 2 * n], v=d[2 * n :])
 

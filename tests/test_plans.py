@@ -394,3 +394,20 @@ def test_compiles_well(launch, arch, tmp_path):
         assert any(wanted in x for x in instructions), instructions
     elif launch.plan.meta.get("WIDTH", 0) >= 32:
         assert any(x.endswith(".128") or ".128." in x for x in instructions), instructions
+
+
+LINEAR = next(case for case in CASES if str(case) == "relu_linear_attention-1x8x128-512")
+
+
+@pytest.mark.parametrize("dtype", LINEAR.dtypes)
+def test_linear_attention_fits_a_card_of_99_kb(dtype):
+    """S and its transpose alone took 131,072 bytes at width 128."""
+    for launch in trace(LINEAR, dtype, TARGETS[86]).launches:
+        assert shared_memory(launch, 86) <= TARGETS[86].shared, base_name(launch.plan)
+
+
+@pytest.mark.parametrize("launch", trace(LINEAR, "float32", TARGETS[80]).launches, ids=lambda launch: base_name(launch.plan))
+def test_linear_attention_in_ieee_float32_spills_nothing(launch, tmp_path):
+    """With a product's whole operand rows in registers it was up to 3.2 KB a thread."""
+    registers, spilled, _ = machine_code(compiled(launch, 80), tmp_path)
+    assert not MEASURED or spilled == 0, f"{registers} registers, {spilled} bytes spilled"
