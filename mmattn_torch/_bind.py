@@ -725,7 +725,9 @@ def execute(call: Call, requested: str | None) -> Any:
     device = device_of(call)
     formula, operands = partial(call.op.reference, _arrays), Operands(**call.operands)
     if fallen_back(call, requested):  # torch's fastest, with the derivatives that the kernels have
-        formula, operands = FUSED.get(call.op.name, formula), guarded(call, plain())
+        formula = FUSED.get(call.op.name, formula)
+        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):  # a graph would hold what guards them
+            operands = guarded(call, plain())
     with without_autocast(device):
         return call.result(formula(operands, **dict(call.static)))
 

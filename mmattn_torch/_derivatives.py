@@ -72,11 +72,8 @@ class Gradient(Function):
 
 
 def guarded(call: Call, plain: bool) -> Operands:
-    """A call's operands, of which only a first derivative in reverse mode can be taken. plain: nobody transforms what runs.
-
-    Graphs that torch.compile, torch.export and torch.jit.trace make go without: they would hold these functions.
-    """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or (plain and not torch.is_grad_enabled()):
+    """A call's operands, of which only a first derivative in reverse mode can be taken. plain: nobody transforms what runs."""
+    if plain and not torch.is_grad_enabled():
         return Operands(**call.operands)
     arrays, layout = flatten(call.op, call.operands)
     names = owners(layout)
