@@ -354,13 +354,16 @@ def test_opcheck(f, kernels):
 @pytest.mark.parametrize("implementation", ["triton", "auto", "reference"])
 @every_function
 def test_jit_trace(f, implementation, request):
-    """A trace serves other batches and lengths too, forward and backward."""
+    """A trace serves other batches and lengths too, forward and backward.
+
+    It holds no guard of derivatives, and without one torch adds the gradients of a tensor that is given thrice in another order.
+    """
     request.getfixturevalue("kernels" if implementation == "triton" else "cpu")
-    how = dict(implementation=implementation)
+    how, tolerance = dict(implementation=implementation), 1e-6 if implementation == "auto" else 0
     traced = torch.jit.trace(lambda *a: f(*a, **how), tuple(x.detach() for x in operands(f, 2, 7)))
     for B, L in ((2, 7), (3, 12)):
         arguments = operands(f, B, L)
-        same(with_gradients(traced, arguments), with_gradients(lambda *a: f(*a, **how), arguments), 0)
+        same(with_gradients(traced, arguments), with_gradients(lambda *a: f(*a, **how), arguments), tolerance)
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit.trace:DeprecationWarning")
