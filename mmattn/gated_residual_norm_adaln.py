@@ -30,7 +30,7 @@ from .rows import (
     normalize,
     per_sample,
     products,
-    reciprocal_root,
+    rms_normalize,
     row_and_columns,
     row_meta,
     split,
@@ -58,8 +58,7 @@ def sum_rounded(residual, h, gate, h_weight, H_EPS: tl.constexpr, WIDTH: tl.cons
     """u, rstd_h [ROWS] and r in dtype, from tiles in float32 that are 0 outside and vectors [COLS]."""
     rstd = tl.full((h.shape[0],), 1.0, tl.float32)
     if POST:
-        rstd = reciprocal_root(tl.sum(products(h, h), 1) * (1.0 / WIDTH), H_EPS)
-        h = h * rstd[:, None]
+        h, rstd = rms_normalize(h, WIDTH, H_EPS)
     r = tl.fma(tl.broadcast_to((gate * h_weight)[None, :], h.shape), h, residual)
     return h, rstd, r.to(dtype)
 
@@ -428,7 +427,7 @@ def gated_residual_norm_adaln(
     residual, h  (B, L, D) float32, bfloat16 or float16, each its own; D a multiple of 8. float64 takes the reference path.
     gate         (B, D) or (B, 1, D), any of these dtypes. A strided view is read in place.
     scale, shift likewise; each may be absent, which means 0.
-    center       LayerNorm, else RMSNorm; eps is added to its variance.
+    center       LayerNorm, else RMSNorm; eps, 0 or more, is added to its variance, as in layernorm_adaln.
     h_weight     (D,), any of these dtypes: h is RMS-normalised first, h * rsqrt(mean(h^2) + h_eps) * h_weight.
     gate_fn      "identity", or "tanh": tanh(gate) is the gate.
     returns      r, y (B, L, D) in residual's dtype (docs/dtypes.md); float32 arithmetic, each rounded once. The norm is that of

@@ -27,6 +27,16 @@ def relu(x):
     return tl.where(x > 0, x, 0.0)
 
 
+LEAST: tl.constexpr = tl.constexpr(2.0**-126)  # a smaller denominator is 0: that of a query that meets no key, where EPS is 0
+
+
+@triton.jit
+def quotient(x, den, EPS: tl.constexpr):
+    """x / den, 0 where den is."""
+    y = x / den
+    return tl.where(den < LEAST, 0.0, y) if EPS < LEAST else y
+
+
 @triton.jit
 def load_state(state_ptr, norm_ptr, head, WIDTH: tl.constexpr, COLS: tl.constexpr):
     """S [COLS, COLS] and z [COLS] of one head of one sample, float32."""
@@ -162,7 +172,7 @@ def linear_attention_fwd_body(
     q = load_tokens(q_ptr + head % HEADS * WIDTH, batch, token, length, stride, cols, WIDTH, keep, False)
     q = relu(for_dot(q, PRECISION).to(tl.float32))  # [TOKENS, COLS]
     den = tl.sum(q * norm[None, :], 1) + EPS
-    o = times_state(q, state, state_ptr, head, WIDTH, False, PRECISION, PART) / den[:, None]
+    o = quotient(times_state(q, state, state_ptr, head, WIDTH, False, PRECISION, PART), den[:, None], EPS)
     at = (batch * length + token)[:, None] * (HEADS * WIDTH) + head % HEADS * WIDTH + cols[None, :]
     o = tl.where(keep[:, None], o, 0.0)
     tl.store(o_ptr + at, o.to(o_ptr.dtype.element_ty), mask=(token < length)[:, None] & (cols < WIDTH)[None, :])
@@ -174,8 +184,8 @@ def query_gradients(
 ):
     """dnum [TOKENS, COLS] and dden [TOKENS] of a block of rectified queries."""
     den = tl.sum(q * norm[None, :], 1) + EPS
-    o = times_state(q, state, state_ptr, head, WIDTH, False, PRECISION, PART) / den[:, None]
-    return for_dot(do / den[:, None], PRECISION), -tl.sum(do * o, 1) / den
+    o = quotient(times_state(q, state, state_ptr, head, WIDTH, False, PRECISION, PART), den[:, None], EPS)
+    return for_dot(quotient(do, den[:, None], EPS), PRECISION), quotient(-tl.sum(do * o, 1), den, EPS)
 
 
 @triton.jit
@@ -375,7 +385,13 @@ def reference(xp, a, *, eps, precision):
     q, k, v = joined(xp, a.q, a.k, a.v, a.key_masks)
     q, k = (xp.where(x > 0, x, xp.zeros_like(x)) for x in (q, k))
     den = xp.einsum("bihc,bhc->bih", q, xp.sum(k, axis=1)) + eps
-    o = xp.einsum("bihc,bhcd->bihd", q, xp.einsum("bjhc,bjhd->bhcd", k, v)) / den[..., None]
+    o = xp.einsum("bihc,bhcd->bihd", q, xp.einsum("bjhc,bjhd->bhcd", k, v))
+    least = dict(float32=2.0**-126, float64=2.0**-1022)[spec(o).dtype]
+    if eps < least:
+        none = (den < least)[..., None]
+        o = xp.where(none, 0.0, o / xp.where(none, 1.0, den[..., None]))
+    else:
+        o = o / den[..., None]
     return tuple(cast(x, spec(a.v[0]).dtype) for x in split_streams(o, lengths, 1))
 
 
@@ -401,7 +417,8 @@ def relu_linear_attention(
                is one stream.
     key_masks  per stream (B, L_s) bool or None, True = a real token. A masked token is silent both ways, as in
                joint_attention.
-    eps        added to the denominator, which is 0 for a query without a positive element.
+    eps        added to the denominator, 0 or more. The denominator is 0 for a query without a positive element, as for one whose
+               positive elements no key shares; with eps 0 its output is 0 then, and so are its gradients.
     returns    (B, L_s, H, d) per stream in v's dtype (docs/dtypes.md); the state is float32. float32 dots as in joint_attention.
 
     Linear in the number of tokens. Katharopoulos et al. 2020, arXiv:2006.16236; Cai et al. 2022, arXiv:2205.14756.

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from . import check
 from ._triton import tl, triton
+from .adaln.op import norm
 from .op import (
     Array,
     Call,
@@ -35,7 +36,7 @@ from .op import (
     wide,
     widest,
 )
-from .rows import row_and_columns, sum_chunks
+from .rows import TINY, lift_of, reciprocal_root, row_and_columns, sum_chunks
 from .streams import integers, name_of, over_streams
 
 
@@ -106,7 +107,8 @@ def load_rotation(
 ):  # fmt: skip
     """cos and sin [ROWS, PAIRS] of each row's position, which is clamped to the table; 1 and 0 for pairs that are not turned."""
     position = token
-    if STARTED:  # clamped before the addition too, which may leave the 32 bits, as may a start of 64
+    if STARTED:
+        # Clamped before the addition too, which may leave the 32 bits, as may a start of 64.
         start = tl.load(start_ptr + b, mask=inside, other=0)
         position += tl.minimum(tl.maximum(start, -(2**30)), POSITIONS - 1).to(token.dtype)
     position = tl.minimum(tl.maximum(position, 0), POSITIONS - 1)
@@ -122,9 +124,17 @@ def load_rotation(
 
 @triton.jit
 def rms(a, b, WIDTH: tl.constexpr, EPS: tl.constexpr):
-    """Normalised pairs and rstd [ROWS]."""
-    rstd = tl.rsqrt(tl.sum(tl.fma(a, a, b * b), 1) * (1.0 / WIDTH) + EPS)
-    return a * rstd[:, None], b * rstd[:, None], rstd
+    """Normalised pairs and rstd [ROWS], as rows.rms_normalize."""
+    mean_square = tl.sum(tl.fma(a, a, b * b), 1) * (1.0 / WIDTH)
+    if EPS < TINY:
+        lift = lift_of(mean_square)
+        a *= lift[:, None]
+        b *= lift[:, None]
+        rstd = reciprocal_root(tl.sum(tl.fma(a, a, b * b), 1) * (1.0 / WIDTH), lift, EPS)
+        return a * rstd[:, None], b * rstd[:, None], rstd * lift
+    else:
+        rstd = reciprocal_root(mean_square, 1.0, EPS)
+        return a * rstd[:, None], b * rstd[:, None], rstd
 
 
 @triton.jit
@@ -565,7 +575,7 @@ def norm_reference(xp, x, weight, cos, sin, start_pos, *, over: str, eps: float,
     B, L, H, d = x.shape
     x, weight = wide(x), cast(weight, widest(x))
     x = x.reshape(B, L, 1, H * d) if over == "width" else x
-    x = x / xp.sqrt(xp.mean(x * x, axis=-1, keepdims=True) + eps)
+    x = norm(xp, x, eps=eps, center=False)
     if len(weight.shape) == 2:
         weight = ungrouped(xp, weight, B)[:, None, None]
     x = (x * weight).reshape(B, L, H, d)
@@ -677,7 +687,8 @@ def qk_norm_rope(
     qkv        (B, L_s, 3, H, d) per stream, all float32, bfloat16 or float16; d a multiple of 8, 8 to 128.
     q_weight   (H * d,) per stream for over="width", (d,) for over="head"; any of these dtypes. k_weight likewise.
     over       "width" normalises all heads together, before the head split; "head" each head by itself.
-    eps        added to the mean square; the default is what torch.nn.RMSNorm(eps=None) means.
+    eps        added to the mean square, 0 or more; the default is what torch.nn.RMSNorm(eps=None) means. With 0 the norm of zeros
+               is 0, and so is its gradient.
     cos, sin   (S, d/2), or (B, S, d/2) for a table per sample, float32, per stream: row p holds the angles of position p; None
                for a stream that is not rotated.
                With r < d/2 columns the first 2r elements of a head are turned and the others are not (partial rotation).

@@ -62,10 +62,45 @@ def products(a, b):
     return tl.fma(a0, b0, tl.fma(a1, b1, tl.fma(a2, b2, a3 * b3)))
 
 
+TINY: tl.constexpr = tl.constexpr(2.0**-100)  # a mean square below has lost terms to underflow, unless eps outweighs it
+LIFT: tl.constexpr = tl.constexpr(2.0**99)  # brings the squares of any float32 below sqrt(TINY) into range
+
+
 @triton.jit
-def reciprocal_root(mean_square, EPS: tl.constexpr):
-    """rstd; finite where a row outside of the tile is 0 and so is EPS."""
-    return tl.rsqrt(tl.maximum(mean_square + EPS, 1e-37))
+def lift_of(mean_square):
+    """What rows are multiplied by before their norm is taken, 1 or LIFT. An EPS of TINY or more outweighs all that need it."""
+    lift = tl.full(mean_square.shape, 1.0, tl.float32)
+    return tl.where(mean_square < TINY, LIFT, lift)
+
+
+@triton.jit
+def reciprocal_root(mean_square, lift, EPS: tl.constexpr):
+    """The norm's factor for lifted rows; 0 for a row of zeros where EPS is 0."""
+    total = mean_square + EPS
+    if EPS < TINY:
+        total = tl.where(lift > 1.0, EPS * (LIFT * LIFT) + mean_square, total)
+        return tl.where(total < 2.0**-120, 0.0, tl.rsqrt(total))  # the smallest float32, lifted, has more
+    else:
+        return tl.rsqrt(total)
+
+
+@triton.jit
+def mean_of_squares(x, WIDTH: tl.constexpr):
+    return tl.sum(products(x, x), 1) * (1.0 / WIDTH)
+
+
+@triton.jit
+def rms_normalize(x, WIDTH: tl.constexpr, EPS: tl.constexpr):
+    """x * rstd of the rows of a float32 tile that is 0 outside, and rstd [ROWS]."""
+    mean_square = mean_of_squares(x, WIDTH)
+    if EPS < TINY:
+        lift = lift_of(mean_square)
+        x *= lift[:, None]
+        rstd = reciprocal_root(mean_of_squares(x, WIDTH), lift, EPS)
+        return x * rstd[:, None], rstd * lift
+    else:
+        rstd = reciprocal_root(mean_square, 1.0, EPS)
+        return x * rstd[:, None], rstd
 
 
 @triton.jit
@@ -78,12 +113,22 @@ def centered(x, mean, inside, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def from_first(x, inside, WIDTH: tl.constexpr, EPS: tl.constexpr):
+    """A tile less the first number of each row, where EPS is so small that the mean's rounding would show: of equal numbers
+    nothing is left."""
+    if EPS < TINY:
+        first = tl.arange(0, x.shape[1])[None, :] == 0
+        x = centered(x, tl.sum(tl.where(first, x, 0.0), 1), inside, WIDTH)
+    return x
+
+
+@triton.jit
 def normalize(x, inside, WIDTH: tl.constexpr, EPS: tl.constexpr, CENTER: tl.constexpr):
     """norm(x) of the rows of a float32 tile [ROWS, COLS] that is 0 outside, and rstd [ROWS]."""
     if CENTER:
+        x = from_first(x, inside, WIDTH, EPS)
         x = centered(x, tl.sum(x, 1) * (1.0 / WIDTH), inside, WIDTH)
-    rstd = reciprocal_root(tl.sum(products(x, x), 1) * (1.0 / WIDTH), EPS)
-    return x * rstd[:, None], rstd
+    return rms_normalize(x, WIDTH, EPS)
 
 
 @triton.jit
@@ -93,12 +138,19 @@ def norm_backward(x, g, more, inside, WIDTH: tl.constexpr, EPS: tl.constexpr, CE
     mean(g * n) is rstd * mean(g * x), so the sums need not wait for rstd. Both tiles are 0 outside.
     """
     if CENTER:
+        x = from_first(x, inside, WIDTH, EPS)
         sum_x, sum_g = row_sums(x, g)
         x = centered(x, sum_x * (1.0 / WIDTH), inside, WIDTH)
+    lift = tl.full((x.shape[0],), 1.0, tl.float32)
+    if EPS < TINY:
+        lift = lift_of(mean_of_squares(x, WIDTH))
+        x *= lift[:, None]
     squares, gx = row_sums(products(x, x), products(g, x))
-    rstd = reciprocal_root(squares * (1.0 / WIDTH), EPS)
+    rstd = reciprocal_root(squares * (1.0 / WIDTH), lift, EPS)
     n = x * rstd[:, None]
     dx = tl.fma(-n, tl.broadcast_to((gx * rstd * (1.0 / WIDTH))[:, None], g.shape), g)
+    if EPS < TINY:
+        rstd *= lift
     if CENTER:
         more -= (sum_g * (1.0 / WIDTH) * rstd)[:, None]
     return n, affine(dx, rstd[:, None], more)

@@ -41,6 +41,17 @@ class Normal(NamedTuple):
         return x
 
 
+SCALES = (0.0, 1.0, 1e-20, 1e-30, 1e-10)  # squares of the third and fourth are no float32
+
+
+class Scaled(Normal):
+    """Normal values around the mean, those of each token times one of SCALES."""
+
+    def draw(self, rng):
+        x = self.std * rng.standard_normal(self.shape)
+        return self.mean + x * np.resize(SCALES, x.shape[1]).reshape(-1, *[1] * (x.ndim - 2))
+
+
 class Packed(NamedTuple):
     """Row `row` of a packed (B, M, D) operand, named by position."""
 
@@ -504,3 +515,32 @@ CASES = [
     *qk_norm_rope_attention_cases(),
     *relu_linear_attention_cases(),
 ]
+
+
+def cases_without_eps():
+    """Rows of zeros and of equal numbers, rows whose squares underflow, masked tokens, and queries that meet no key. (They are no
+    part of CASES: at a row of zeros a norm without eps has no slope.)"""
+    row = dict(dtypes=("float32", "bfloat16"))
+    x, none = dict(x=Scaled((2, 37, 48))), dict(eps=0.0)
+    for name, eps in (("none", none), ("tiny", dict(eps=1e-38))):
+        yield Case("rms_norm", name, x | shared(48, "weight"), eps, **row)
+        yield Case("layer_norm", name, x | shared(48, "weight", "bias"), eps, **row)
+    yield Case("layer_norm", "equal", dict(x=Scaled((2, 37, 48), mean=2.7)) | shared(48, "weight", "bias"), none, **row)
+    yield Case("layernorm_adaln", "per-token", x | dict(scale=Normal((2, 37, 48)), shift=Normal((2, 37, 48))), none, **row)
+    both = dict(residual=Normal((2, 37, 48)), h=Scaled((2, 37, 48))) | sample(2, 48, "gate", "scale")
+    yield Case("gated_residual_norm_adaln", "h", both | shared(48, "h_weight"), dict(h_eps=0.0), **row)
+    both = dict(residual=Scaled((2, 37, 48)), h=Normal((2, 37, 48), std=0.0)) | sample(2, 48, "gate", "scale")
+    yield Case("gated_residual_norm_adaln", "r", both, none, **row)
+    packed = projections(2, 2, 24, 37, over="width") | dict(qkv=(Scaled((2, 37, 3, 2, 24)),))
+    for layout in ("interleaved", "half"):
+        yield Case("qk_norm_rope", layout, packed | rope(64, 24, True), dict(over="width", layout=layout) | none, **row)
+    real = ((37, 20), (1, 65))
+    masked = projections(2, 1, 16, 37, 70, over="head") | key_masks((37, 70), real)
+    masked["qkv"] = tuple(leaf._replace(lengths=n) for leaf, n in zip(masked["qkv"], real, strict=True))
+    yield Case("qk_norm_rope_attention", "masked", masked, dict(over="head") | none)
+    away = heads(2, 2, 16, 37, gap=0.05)
+    yield Case("relu_linear_attention", "queries", away | dict(q=(Scaled((2, 37, 2, 16)),)), none, dtypes=("float32", "bfloat16"))
+    yield Case("relu_linear_attention", "no-keys", away | dict(k=(Normal((2, 37, 2, 16), mean=-9.0),)), none)
+
+
+WITHOUT_EPS = list(cases_without_eps())

@@ -8,7 +8,7 @@ from functools import lru_cache
 import frameworks
 import numpy as np
 import pytest
-from cases import CASES, Case, Constant, Normal
+from cases import CASES, WITHOUT_EPS, Case, Constant, Normal
 
 INTERPRETED_IN_TF32 = (
     "joint_attention-grouped",
@@ -126,3 +126,9 @@ def test_start_positions_are_clamped_however_far_they_are(implementation, dtype,
     with framework.wide_integers() if dtype == "int64" else nullcontext():
         got, want = rotated(angles, start), rotated(np.broadcast_to(angles[row], angles.shape), 0)
     np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("case, dtype", [pytest.param(c, d, id=f"{c}-{d}") for c in WITHOUT_EPS for d in c.dtypes])
+@pytest.mark.parametrize("implementation", ["triton", "reference"])
+def test_without_eps(implementation, case, dtype, framework, kernels):
+    frameworks.check(case, dtype, frameworks.call(framework, case, dtype, implementation))

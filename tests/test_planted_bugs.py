@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import frameworks
 import pytest
-from cases import CASES
+from cases import CASES, WITHOUT_EPS
 
-BY_NAME = {str(case): case for case in CASES}
+BY_NAME = {str(case): case for case in CASES + WITHOUT_EPS}
 
 
 class Bug(NamedTuple):
@@ -35,6 +35,8 @@ BUGS = [
         "tl.sum(products(x, x), 1) * (WIDTH / (WIDTH - 1))",
     ),
     Bug("eps forgotten", "rmsnorm_adaln-at-zero", ROWS, "mean_square + EPS", "mean_square"),
+    Bug("zeros by their root", "rms_norm-none", ROWS, "tl.where(total < 2.0**-120, 0.0, tl.rsqrt(total))", "tl.rsqrt(total)"),
+    Bug("squares underflow", "rms_norm-none", ROWS, "tl.where(mean_square < TINY, LIFT, lift)", "lift"),
     Bug("mean term forgotten", "layernorm_adaln-bare", ROWS, "more -= (", "more -= 0.0 * ("),
     Bug("only a chunk's last block", "layernorm_adaln-scale-only-130x96", ADALN, "a = tl.fma(dy, n, a)", "a = dy * n"),
     Bug("last chunk dropped", "layer_norm-affine-130x128", ADALN, "(k < GROUP * LINES", "(k + 1 < GROUP * LINES"),

@@ -263,6 +263,18 @@ def test_fallback_equals_formula(f, cpu):
     same(with_gradients(f, arguments), with_gradients(lambda *a: f(*a, **REFERENCE), arguments))
 
 
+@pytest.mark.parametrize("f", [rms, adaln], ids=lambda f: f.__name__)
+def test_fallback_without_eps(f, cpu):
+    """torch's own rms_norm makes NaN of a row of zeros, and its squares underflow."""
+    x, *vectors = operands(f, 2, 5)
+    x = (x * torch.tensor([0, 1, 1e-20, 1e-30, 1e-10])[:, None]).detach().requires_grad_()
+    function = {rms: mmattn_torch.rms_norm, adaln: mmattn_torch.layernorm_adaln}[f]
+    got, want = (with_gradients(partial(function, eps=0.0, **how), [x, *vectors]) for how in ({}, REFERENCE))
+    same(got, want, 0)
+    assert not got[0][:, 0].isnan().any()
+    assert not got[1][:, 0].any()
+
+
 def test_padding_is_silent_in_the_fallback(cpu):
     x, c, weights, mask, key_mask = operands(attention, 2, 9)
     mask = mask | True

@@ -128,7 +128,8 @@ def layernorm_adaln(
     rows    (B, L) int32: the row of scale and shift that each token takes. These are then tables (R, D), or (B, R, D) with one
             per sample. Numbers beyond the table are clamped to it. Meant for small tables: the backward looks at rows R times.
     scale_base, shift_base  (D,), added to scale and shift (a learned table beside an embedding).
-    eps     added to the variance.
+    eps     added to the variance, 0 or more. With 0, and however small x is, the norm is of the numbers that are there; of a row
+            without variance it is 0, and so is its gradient.
     cast    what of a norm with weight or bias is rounded to x's dtype before the modulation: "after_weight" its result
             (torch.nn.RMSNorm), "before_weight" also norm(x) itself (diffusers, Flux), "none" nothing.
     returns y (B, L, D) in x's dtype; statistics and arithmetic in float32, without weight and bias rounded once.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..op import UNUSED, Op, Plan, Spec, Target, cast, cdiv, groups, remembered, spec, ungrouped, wide, widened
+from ..op import UNUSED, Op, Plan, Spec, Target, cast, cdiv, dtype_name, groups, remembered, spec, ungrouped, wide, widened
 from ..rows import SUM_WARPS, config, gradient_spec, per_sample, row_meta, split, sum_tile, tile
 from .kernels import adaln_bwd_kernel, adaln_bwd_vectors_kernel, adaln_fwd_kernel
 
@@ -180,10 +180,31 @@ def per_group(xp, v, samples: int):
     return v if len(v.shape) == 1 else ungrouped(xp, v, samples)[:, None]
 
 
+UNDERFLOW = dict(float32=(2.0**-100, 2.0**99, 2.0**-120), float64=(2.0**-900, 2.0**600, 2.0**-980))
+"""A mean square that has lost terms to underflow, what lifts such rows, and less than any row but one of zeros has then."""
+
+
+def shows_tiny_rows(x, eps: float) -> bool:
+    """Whether eps does not outweigh what rows lose to underflow."""
+    return eps < UNDERFLOW[dtype_name(x)][0]
+
+
 def norm(xp, x, *, eps, center):
+    """The norm over the last axis. With eps 0 a row of zeros, or for LayerNorm of equal numbers, is 0, and so is its gradient;
+    rows so small that their squares underflow are multiplied by a power of two first."""
+    exact = shows_tiny_rows(x, eps)
     if center:
+        x = x - x[..., :1] if exact else x
         x = x - xp.mean(x, axis=-1, keepdims=True)
-    return x / xp.sqrt(xp.mean(x * x, axis=-1, keepdims=True) + eps)
+    if not exact:
+        return x / xp.sqrt(xp.mean(x * x, axis=-1, keepdims=True) + eps)
+    tiny, lift, least = UNDERFLOW[dtype_name(x)]
+    small = xp.mean(x * x, axis=-1, keepdims=True) < tiny
+    x = xp.where(small, x * lift, x)
+    mean_square = xp.mean(x * x, axis=-1, keepdims=True)
+    total = xp.where(small, mean_square + eps * lift * lift, mean_square + eps)
+    none = total < least
+    return xp.where(none, 0.0, x / xp.sqrt(xp.where(none, 1.0, total)))
 
 
 def selected(xp, table, index):
