@@ -224,7 +224,7 @@ def test_vmap_over_no_example(f, implementation, request):
     g, gradients = partial(f, implementation=implementation), grads(f, implementation=implementation)
     every, alone = (0,) * len(arrays), (0, *[None] * (len(arrays) - 1))
     for h, axes, shape in ((g, alone, (0,)), (gradients, every, (0,)), (gradients, every, (0, 2)), (gradients, alone, (2, 0))):
-        none = [x if axis is None else jnp.zeros(shape + x.shape) for x, axis in zip(arrays, axes, strict=True)]
+        none = [x if axis is None else jnp.zeros(shape + x.shape, x.dtype) for x, axis in zip(arrays, axes, strict=True)]
         mapped = jax.vmap(h, axes) if len(shape) == 1 else jax.vmap(jax.vmap(h, axes), axes)
         got, want = jax.tree.leaves(mapped(*none)), jax.tree.leaves(jax.eval_shape(h, *arrays))
         assert [(x.shape, x.dtype) for x in got] == [(shape + x.shape, x.dtype) for x in want]
