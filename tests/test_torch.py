@@ -206,7 +206,7 @@ def negated(x):
 
 def imaginary(x):
     """x as the imaginary part of a conjugate: in memory is -x, with gaps."""
-    return torch.complex(torch.zeros_like(x), -x).conj().imag if x.is_floating_point() else x
+    return torch.complex(torch.zeros_like(x), -x).conj().imag if x.dtype == torch.float32 else x
 
 
 def shifted(x):
@@ -224,8 +224,8 @@ class Wrapped(torch.Tensor):
     """A subclass that changes nothing."""
 
 
-LOOKS = (negated, imaginary, shifted, spread, lambda x: x.as_subclass(Wrapped), torch.Tensor.to_sparse)
-each_look = pytest.mark.parametrize("look", LOOKS, ids=["negated", "imaginary", "shifted", "spread", "subclass", "sparse"])
+LOOKS = (negated, imaginary, shifted, spread, lambda x: x.as_subclass(Wrapped))
+each_look = pytest.mark.parametrize("look", LOOKS, ids=["negated", "imaginary", "shifted", "spread", "subclass"])
 
 
 @each_look
@@ -239,10 +239,20 @@ def test_memory_that_is_not_what_a_tensor_says(f, look, kernels):
     want = out, *torch.autograd.grad(out, leaves, dout, retain_graph=True)
     got = out, *torch.autograd.grad(out, leaves, look(dout))
     same(got, want, 0)
-    if look is not torch.Tensor.to_sparse:  # which the operands may not be
-        alike = [look(x.detach()).requires_grad_(x.requires_grad) for x in arguments]
-        out = f(*alike)
-        same((out, *torch.autograd.grad(out, [x for x in alike if x.requires_grad], look(dout))), want, 0)
+    alike = [look(x.detach()).requires_grad_(x.requires_grad) for x in arguments]
+    out = f(*alike)
+    same((out, *torch.autograd.grad(out, [x for x in alike if x.requires_grad], look(dout))), want, 0)
+
+
+@pytest.mark.parametrize("f", [adaln, rms, residual, table])
+def test_sparse_cotangents(f, kernels):
+    """Of operations whose result is the output itself: torch's own functions behind the others take none."""
+    arguments = operands(f, 2, 7)
+    leaves = [x for x in arguments if x.requires_grad]
+    out = f(*arguments)
+    dout = randn(*out.shape, seed=7)
+    gradients = lambda dout: torch.autograd.grad(out, leaves, dout, retain_graph=True)
+    same(gradients(dout.to_sparse()), gradients(dout), 0)
 
 
 @every_function
